@@ -1,0 +1,244 @@
+"""The operations a decoder is built from, in plain torch; each device overrides only what it makes faster.
+
+Everything is bound once, at load: a method takes weights and returns the callable that a step runs. A backend knows
+formats and kernels; it does not know models, tokens or files. One instance serves one loaded model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qrun.cache import LayerCache
+from qrun.formats import PlainFormat, QTensor
+from qrun.kernels import reference
+
+TILE = 1 << 22  # weights expanded at a time where no kernel reads the codes themselves
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Which kernel an operation on a scheme runs on; a fallback is one that expands the weights first."""
+
+    op: str
+    scheme: str
+    kernel: str
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of one forward stand: positions start … start+S-1, and their rotation angles [S, D/2]."""
+
+    start: int
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    window: int | None = None
+    activations: str = "16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """norm [H]; qkv [(heads + 2·kv_heads)·D, H], rows q, k, v; o [H, heads·D]; q_norm and k_norm [D] or none."""
+
+    norm: Tensor
+    qkv: QTensor
+    o: QTensor
+    qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnWeights:
+    """norm [H]; gate_up [2I, H], gate rows first; down [H, I]."""
+
+    norm: Tensor
+    gate_up: QTensor
+    down: QTensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    top_k: int
+    normalise: bool
+    norm_min: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEWeights:
+    """norm [H]; router [E, H] and correction [E] in float32; gate_up [E, 2I, H]; down [E, H, I]; shared experts or none."""
+
+    norm: Tensor
+    router: Tensor
+    gate_up: QTensor
+    down: QTensor
+    correction: Tensor | None = None
+    shared_gate_up: QTensor | None = None
+    shared_down: QTensor | None = None
+    shared_gate_up_bias: Tensor | None = None
+    shared_down_bias: Tensor | None = None
+
+
+class Linear(Protocol):
+    """x [S, K] -> [S, N]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+Attend = Callable[[Tensor, LayerCache, Step], Tensor]
+Feed = Callable[[Tensor], Tensor]
+Binder = Callable[[QTensor, Tensor | None, str], tuple[Linear, str]]
+
+
+class Backend:
+    """Plain torch on any device. ``progress`` is told, in words, of anything that takes over a second at load."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.progress: Callable[[str], None] = progress or (lambda what: None)
+        self.bindings: list[Binding] = []
+
+    @property
+    def description(self) -> str:
+        """The device in words, for the run card."""
+        return str(self.device)
+
+    @property
+    def binders(self) -> Mapping[str, Binder]:
+        """Format family -> what binds its linear; a family that is missing here is expanded tile by tile."""
+        return {}
+
+    def note(self, op: str, scheme: object, kernel: str, *, fallback: bool = False) -> None:
+        """Record a binding, once per kind."""
+        binding = Binding(op, str(scheme), kernel, fallback)
+        if binding not in self.bindings:
+            self.bindings.append(binding)
+
+    def linear(
+        self, weight: QTensor, bias: Tensor | None = None, *, activations: str = "16", op: str = "linear"
+    ) -> Linear:
+        """Bind x [S, K] -> x @ weightᵀ + bias [S, N] for a weight [N, K]."""
+        binder = self.binders.get(weight.format.family)
+        if binder is None:
+            call, kernel = self.expanding(weight, bias, activations)
+            self.note(op, weight.format, kernel, fallback=not isinstance(weight.format, PlainFormat))
+        else:
+            call, kernel = binder(weight, bias, activations)
+            self.note(op, weight.format, kernel)
+        return call
+
+    def expanding(self, weight: QTensor, bias: Tensor | None, activations: str) -> tuple[Linear, str]:
+        """The linear that is right for every format: dequantize some rows, multiply, next rows."""
+        rows, columns = weight.shape
+        plain = isinstance(weight.format, PlainFormat) and weight.codes.dtype == self.dtype
+        step = rows if plain else max(1, TILE // columns)
+        bias = None if bias is None else bias.to(self.dtype)
+
+        def call(x: Tensor) -> Tensor:
+            x = reference.round_activations(x, activations)
+            if step >= rows:
+                return F.linear(x, weight.dequantize(self.dtype), bias)
+            out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+            for a in range(0, rows, step):
+                part = weight.rows(torch.arange(a, min(a + step, rows), device=x.device)).to(self.dtype)
+                out[..., a : a + step] = F.linear(x, part, None if bias is None else bias[a : a + step])
+            return out
+
+        return call, "torch expand + matmul"
+
+    def embedding(self, table: QTensor) -> Callable[[Tensor], Tensor]:
+        """Bind ids [S] -> rows of the table [V, H], only these expanded, in the activations' dtype."""
+        return lambda ids: table.rows(ids).to(self.dtype)
+
+    def attention_block(self, spec: AttentionSpec, weights: AttentionWeights) -> Attend:
+        """Bind x [S, H] -> x + o(attention(rope(qkv(norm(x))))), writing this layer's cache on the way."""
+        qkv = self.linear(weights.qkv, weights.qkv_bias, activations=spec.activations, op="qkv")
+        o = self.linear(weights.o, weights.o_bias, activations=spec.activations, op="o")
+        self.note("attention", "any", "torch, piecewise", fallback=False)
+        heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+
+        def attend(x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+            mixed = qkv(reference.rms_norm(x, weights.norm, spec.eps))
+            q, k, v = torch.split(mixed.view(x.shape[0], -1, spec.head_dim), heads, 1)
+            if weights.q_norm is not None and weights.k_norm is not None:
+                q = reference.rms_norm(q, weights.q_norm, spec.eps)
+                k = reference.rms_norm(k, weights.k_norm, spec.eps)
+            cache.write(step.positions, reference.rope(k, step.cos, step.sin), v)
+            q = reference.rope(q, step.cos, step.sin)
+            return x + o(reference.attend(q, cache.read, step.start, window=spec.window).flatten(1))
+
+        return attend
+
+    def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
+        """Bind x [S, H] -> x + down(silu(gate) * up) of norm(x)."""
+        gate_up = self.linear(weights.gate_up, weights.gate_up_bias, activations=activations, op="gate_up")
+        down = self.linear(weights.down, weights.down_bias, activations=activations, op="down")
+        return lambda x: x + down(reference.silu_mul(gate_up(reference.rms_norm(x, weights.norm, eps))))
+
+    def moe_block(self, eps: float, spec: MoESpec, weights: MoEWeights, *, activations: str = "16") -> Feed:
+        """Bind x [S, H] -> x + the chosen experts' weighted sum + the shared experts, all of norm(x)."""
+        count = weights.router.shape[0]
+        first = [self.linear(weights.gate_up[e], activations=activations, op="experts gate_up") for e in range(count)]
+        second = [self.linear(weights.down[e], activations=activations, op="experts down") for e in range(count)]
+        shared: Feed | None = None
+        if weights.shared_gate_up is not None and weights.shared_down is not None:
+            widen = self.linear(
+                weights.shared_gate_up, weights.shared_gate_up_bias, activations=activations, op="shared gate_up"
+            )
+            narrow = self.linear(
+                weights.shared_down, weights.shared_down_bias, activations=activations, op="shared down"
+            )
+            shared = lambda h: narrow(reference.silu_mul(widen(h)))  # noqa: E731
+
+        def feed(x: Tensor) -> Tensor:
+            h = reference.rms_norm(x, weights.norm, eps)
+            gates, chosen = reference.route(
+                h, weights.router, weights.correction, spec.top_k, normalise=spec.normalise, norm_min=spec.norm_min
+            )
+            out = x if shared is None else x + shared(h)
+            out = out.clone() if out is x else out
+            for e in sorted({int(c) for c in chosen.flatten()}):
+                token, slot = torch.where(chosen == e)
+                y = second[e](reference.silu_mul(first[e](h[token])))
+                out.index_add_(0, token, y * gates[token, slot, None].to(y.dtype))
+            return out
+
+        return feed
+
+    def head(
+        self, norm: Tensor, eps: float, weight: QTensor, bias: Tensor | None, *, activations: str = "16"
+    ) -> Linear:
+        """Bind x [S, H] -> logits [S, V] in float32."""
+        project = self.linear(weight, bias, activations=activations, op="lm_head")
+        return lambda x: project(reference.rms_norm(x, norm, eps)).float()
+
+    def prepare(self) -> None:
+        """Called once after everything is bound: compile or warm up what the first token would otherwise wait for."""
+
+    def capture(self, step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A faster equal of the decode step where the device has one (a graph); here the step itself."""
+        return step

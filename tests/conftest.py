@@ -1,0 +1,20 @@
+"""Shared fixtures: every test has cache and state directories of its own, and nothing reaches a network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# `python -m pytest` puts the root first on the path, where transformers would take kernels/ for another project.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).parents[1]]
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point the user's directories into the test's own folder; compiled kernels alone are shared, for speed."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("QRUN_CACHE_DIR", str(home / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return home
