@@ -1,0 +1,111 @@
+"""The front door: a name becomes a ready Engine. It joins hub, checkpoint, memory, loader and backend, and does no work."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from qrun import hub, memory, resident
+from qrun.backends import pick
+from qrun.checkpoint import Checkpoint
+from qrun.engine import Engine
+from qrun.errors import DoesNotFitError, StrictError, UsageError
+from qrun.loader import Loader, Progress, is_tied
+from qrun.models import describe
+from qrun.recipe import Recipe
+from qrun.runcard import RunCard
+from qrun.store import WeightStore
+
+
+def load(
+    model: str | Path | None = None,
+    quant: str | Recipe = "bf16",
+    kv: str | None = None,
+    *,
+    device: str = "auto",
+    context: int | None = None,
+    strict: bool = False,
+    offline: bool = False,
+    cache: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """A model, quantized on the way in, ready to generate.
+
+    Args:
+        model: a checkpoint directory, a hub name ``org/name[@revision]``, an alias such as ``ernie:0.3b``, or none for
+            the embedded model.
+        quant: the recipe, as ``wint4`` or ``W4A16C8``; ``kv`` replaces its cache part.
+        context: positions of the cache; -1 is all the model has; by default 4096 or what the model has, if less.
+        strict: refuse any operation that would run on a fallback.
+        offline: do not ask the hub.
+        cache: keep the quantized weights on disk for the next start.
+        progress: called with what is done, how much of it, and of how much (0: unknown).
+
+    Raises a QrunError: ModelNotFoundError, RecipeError, DoesNotFitError, CheckpointError, BackendError or StrictError.
+    """
+    begun = time.perf_counter()
+    recipe = quant if isinstance(quant, Recipe) else Recipe.parse(quant)
+    recipe = recipe if kv is None else recipe.with_kv(kv)
+    report: Progress = progress or (lambda what, done, total: None)
+    backend = pick(device, threads=threads, progress=lambda what: report(what, 0, 0))
+    free = memory.available(backend.device.type)
+    found = hub.fetch(
+        model, recipe=recipe, context=context or memory.DEFAULT_CONTEXT, memory=free, offline=offline, progress=report
+    )
+    checkpoint = Checkpoint.open(found.path)
+    config = describe(checkpoint.config)
+    if context is not None and (context < -1 or context == 0 or context > config.positions):
+        raise UsageError(f"context is {context}: this model takes 1 to {config.positions}")
+    room = config.positions if context == -1 else context or min(memory.DEFAULT_CONTEXT, config.positions)
+    tied = is_tied(config, checkpoint)
+    forecast = memory.check_fits(config, recipe, context=room, memory=free, name=found.label, tied=tied)
+    notes = [note for note in (found.note, *recipe.notes) if note]
+    quantizes = any(scheme.type not in ("bf16", "fp32") for scheme in recipe.schemes().values())
+    store = WeightStore.default() if cache and quantizes else None
+    stored = store.open(checkpoint, recipe) if store is not None else None
+    keeping = store is not None and stored is None
+    with store.writer(checkpoint, recipe, label=found.label) if store and keeping else nullcontext() as writer:
+        loader = Loader(checkpoint, config, recipe, backend, stored=stored, writer=writer, progress=report)
+        try:
+            decoder = loader.load()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            raise DoesNotFitError(
+                f"memory ran out while loading {found.label}: close other programs or use a smaller recipe"
+            ) from error
+        if writer is not None:
+            writer.commit()
+    slow = [binding for binding in backend.bindings if binding.fallback]
+    if strict and slow:
+        ops = ", ".join(sorted({f"{b.op} in {b.scheme}" for b in slow}))
+        raise StrictError(
+            f"--strict: no kernel on {backend.name} for {ops}: choose another --quant or leave --strict out"
+        )
+    backend.prepare()
+    card = RunCard(
+        model=found.label,
+        family=config.family,
+        parameters=forecast.parameters,
+        active_parameters=forecast.active,
+        recipe=recipe.label,
+        roles=loader.loaded.roles,
+        activations=recipe.activations,
+        kv=recipe.kv,
+        kv_bytes_per_token=forecast.kv_per_token,
+        context=room,
+        backend=backend.name,
+        device=backend.description,
+        bindings=list(backend.bindings),
+        weight_bytes=loader.loaded.weight_bytes,
+        predicted_peak=forecast.peak_load,
+        measured_peak=resident.peak(),
+        load_seconds=time.perf_counter() - begun,
+        quantize_seconds=loader.loaded.quantize_seconds,
+        from_store=stored is not None,
+        notes=[*notes, *(store.notes if store is not None else [])],
+    )
+    return Engine(
+        decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
+        generation_defaults=checkpoint.generation_config, context=room,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Sampling: each cut against a distribution worked out by hand, penalties by their definitions, seeds that repeat."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qrun.errors import UsageError
+from qrun.sampler import Sampler, Sampling
+
+OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def drawn(logits: torch.Tensor, count: int = 4000, **settings: Any) -> torch.Tensor:
+    """Observed frequencies [V] of many draws."""
+    sampler = Sampler(Sampling(**(OFF | {"seed": 1} | settings)), [], len(logits), "cpu")
+    tokens = torch.cat([sampler(logits[None]) for _ in range(count)])
+    return torch.bincount(tokens, minlength=len(logits)).float() / count
+
+
+CHANCES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, CHANCES),
+        ({"temperature": 0.5}, CHANCES**2 / (CHANCES**2).sum()),
+        ({"top_k": 2}, torch.tensor([4 / 7, 3 / 7, 0, 0, 0])),
+        ({"top_p": 0.6}, torch.tensor([4 / 7, 3 / 7, 0, 0, 0])),
+        ({"top_p": 0.71}, torch.tensor([0.4, 0.3, 0.15, 0, 0]) / 0.85),
+        ({"min_p": 0.3}, torch.tensor([0.4, 0.3, 0.15, 0, 0]) / 0.85),
+        # top-p is taken of what top-k left: 4/8.5 and 3/8.5 reach 0.8 of it, not of everything
+        ({"top_k": 3, "top_p": 0.8}, torch.tensor([4 / 7, 3 / 7, 0, 0, 0])),
+    ],
+)
+def test_observed_frequencies(settings: dict[str, Any], expected: torch.Tensor) -> None:
+    assert (drawn(CHANCES.log(), **settings) - expected).abs().max() < 0.035
+
+
+def test_top_p_over_a_flat_distribution_reaches_beyond_the_first_candidates() -> None:
+    seen = drawn(torch.zeros(2000), count=6000, top_p=0.9)
+    assert 1600 < (seen > 0).sum() <= 1800
+
+
+def test_zero_temperature_takes_the_likeliest() -> None:
+    assert Sampler(Sampling(temperature=0), [], 5, "cpu")(CHANCES.log()[None]).item() == 0
+
+
+def test_a_seed_repeats_and_no_seed_does_not() -> None:
+    def some(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(**OFF, seed=seed), [], 50, "cpu")
+        return [int(sampler(torch.zeros(1, 50))) for _ in range(20)]
+
+    assert some(7) == some(7) != some(8)
+    assert some(None) != some(None)
+
+
+def test_penalties_follow_their_definitions() -> None:
+    logits = torch.tensor([[2.0, -1.0, 2.0, 0.5]])
+    sampler = Sampler(Sampling(temperature=0, repeat_penalty=2.0), [0, 1], 4, "cpu")
+    assert sampler._penalised(logits[0]).tolist() == [1.0, -2.0, 2.0, 0.5]
+    assert int(sampler(logits)) == 2
+    assert sampler._penalised(logits[0]).tolist() == [1.0, -2.0, 1.0, 0.5]
+
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), [0], 4, "cpu")
+    assert int(sampler(logits)) == 0  # the prompt does not count here
+    assert sampler._penalised(logits[0]).tolist() == [1.25, -1.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", 1),
+        ("repeat_penalty", 0), ("presence_penalty", float("inf")), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(UsageError, match=field):
+        Sampling(**{field: value})
+
+
+def test_defaults_from_a_generation_config() -> None:
+    found = Sampling.from_generation_config(
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    )
+    assert found == Sampling(temperature=0.6, top_k=0, top_p=0.9, repeat_penalty=1.1)
+    assert Sampling.from_generation_config({"do_sample": False, "top_p": 0.5}).temperature == 0
+    assert Sampling.from_generation_config({"eos_token_id": 2}) == Sampling()
+    with pytest.raises(UsageError, match="temperature"):
+        Sampling.from_generation_config({"temperature": "hot"})
