@@ -5,5 +5,6 @@ Knows no model, format object or backend: nothing here imports from the rest of 
 
 if __name__ != "qrun.kernels":
     raise ImportError(
-        f"qrun's kernels were imported as {__name__!r}: import them as 'qrun.kernels' (a top-level 'kernels' package is another project's)"
+        f"qrun's kernels were imported as {__name__!r}: import them as 'qrun.kernels' "
+        "(a top-level package of that name is another project's)"
     )

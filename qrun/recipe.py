@@ -18,7 +18,7 @@ Upper and lower case mean the same, and a missing part means 16. Where a word le
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Self, TypeAlias, TypeVar, cast, get_args
 
@@ -129,6 +129,8 @@ class Recipe:
     @classmethod
     def _parse_code(cls, name: str) -> Self:
         match = _CODE.fullmatch(_ALIASES.get(name, name))
+        if match is None and re.match("w.", name):
+            raise RecipeError(f"weight type {name[1:]!r} in {name!r} is unknown; possible: {POSSIBLE_WEIGHTS}")
         if match is None or not any(part is not None for part in match.group("w", "a", "c")):
             raise RecipeError(f"quant {name!r} is not a precision; possible: {POSSIBLE}")
         weight, activation, cache = match.group("w", "a", "c")
@@ -166,11 +168,7 @@ class Recipe:
                     v = _lookup(_CACHES, value, where, POSSIBLE_CACHES)
                 case _:
                     raise RecipeError(f"mix has no part {key!r} ({where}); possible: {', '.join(ROLES)}, act, kv, k, v")
-        dense = roles.get("dense", BF16)
-        defaults: dict[Role, WeightScheme] = {
-            "dense": dense, "experts": dense, "lm_head": _beside(dense), "embedding": _beside(dense),
-        }  # fmt: skip
-        return cls(name, **{**defaults, **roles}, activations=activations, k=k, v=v)
+        return cls(name, **{**_following(roles.get("dense", BF16)), **roles}, activations=activations, k=k, v=v)
 
     def with_kv(self, kv: str) -> Self:
         """The same weights and activations with another cache: ``int8``, ``fp8``, ``k8v4`` ….
@@ -190,17 +188,12 @@ class Recipe:
         """The shortest spelling that means this recipe, as ``W4A16C8`` or ``mix:…``; :meth:`parse` reads it back."""
         act = self.activations.removeprefix("int")
         cache = _kv_term(self.k, self.v)
-        for term in dict.fromkeys((self.dense.term, str(self.dense.bits) + "@channel")):
-            if self.dense.type == "int" or "@" not in term:
-                text = f"W{term}A{act}C{cache}"
-                if Recipe.parse(text) == self:
-                    return text
-        roles = self.schemes()
-        dense = roles["dense"]
-        usual: dict[Role, WeightScheme] = {
-            "dense": BF16, "experts": dense, "lm_head": _beside(dense), "embedding": _beside(dense),
-        }  # fmt: skip
-        parts = [f"{role}=w{scheme.term.lower()}" for role, scheme in roles.items() if scheme != usual[role]]
+        for term in (self.dense.term, f"{self.dense.bits}@channel"):
+            text = f"W{term}A{act}C{cache}"
+            if (self.dense.type == "int" or term == self.dense.term) and Recipe.parse(text) == self:
+                return text
+        usual = {**_following(self.dense), "dense": BF16}
+        parts = [f"{role}=w{scheme.term.lower()}" for role, scheme in self.schemes().items() if scheme != usual[role]]
         parts += [f"act={act}"] if act != "16" else []
         parts += [f"kv={cache}"] if cache != "16" else []
         return "mix:" + ",".join(parts)
@@ -257,11 +250,17 @@ def _beside(weights: WeightScheme) -> WeightScheme:
     return BF16 if weights.type == "fp8" else _INT8_CHANNEL
 
 
+def _following(dense: WeightScheme) -> dict[Role, WeightScheme]:
+    """All four roles where only ``dense`` was named."""
+    return {"dense": dense, "experts": dense, "lm_head": _beside(dense), "embedding": _beside(dense)}
+
+
 def _roles(term: str, where: str) -> dict[Role, WeightScheme]:
-    """All four roles from one weight term."""
-    scheme = _weight(term, where)
-    rest = BF16 if term.endswith(("@channel", "@channelsym")) else _beside(scheme)
-    return {"dense": scheme, "experts": scheme, "lm_head": rest, "embedding": rest}
+    """All four roles from one bare weight term."""
+    roles = _following(_weight(term, where))
+    if "@channel" in term:  # as FastDeploy
+        roles |= {"lm_head": BF16, "embedding": BF16}
+    return roles
 
 
 def _lookup(table: Mapping[str, _T], text: str | None, where: str, possible: str) -> _T:
@@ -281,8 +280,3 @@ def _parse_kv(text: str, where: str) -> tuple[CacheType, CacheType]:
 def _kv_term(k: CacheType, v: CacheType) -> str:
     short = [_SHORT.get(name, name) for name in (k, v)]
     return short[0] if k == v else f"k{short[0]}v{short[1]}"
-
-
-def known_words() -> Iterable[str]:
-    """The single words ``--quant`` accepts, for completion and help."""
-    return ("bf16", "wint8", "wint4", "wint2", "w8a8", "fp8", "nf4", "fp4", "mxfp4", "nvfp4", "fp32")

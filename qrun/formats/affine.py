@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qrun.formats.base import Format, Layout, Shape, pad_columns
+from qrun.formats.base import Format, Layout, Shape, columns_of_groups, pad_columns
 from qrun.formats.packing import grouped, pack, unpack
 from qrun.formats.search import affine_search, reciprocal
 from qrun.recipe import WeightScheme
@@ -66,8 +66,7 @@ class AffineFormat(Format):
             codes, scale = _channel(w, 2 ** (self.bits - 1) - 1)
             codes = pad_columns(codes, _CHANNEL_ALIGN)
             return {"codes": self._store(codes if self.signed else codes.add_(2 ** (self.bits - 1))), "scale": scale}
-        groups = pad_columns(w, self.group).reshape(-1, self.group).t().contiguous()  # [g, M]
-        codes, found = affine_search(groups, self.bits, self.symmetric)
+        codes, found = affine_search(columns_of_groups(w, self.group), self.bits, self.symmetric)
         if self.signed:
             codes -= found.zero
         stored = self._store(codes.t().reshape(w.shape[0], -1))

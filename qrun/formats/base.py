@@ -23,7 +23,7 @@ Layout: TypeAlias = dict[str, tuple[Shape, torch.dtype]]
 _CHUNK: Final = 1 << 22  # elements expanded at a time
 # On a CPU each thread quantizes chunks by itself, small enough for the cache: threads that share a chunk would wait for
 # each other after every one of its hundred short operations, many times as long once the machine is busy.
-_CHUNK_CPU: Final = 1 << 18
+_CHUNK_CPU: Final = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,10 +217,14 @@ class Format(ABC):
 
 
 def pad_columns(w: Tensor, multiple: int) -> Tensor:
-    """``w`` [n, K] as fp32 with zero columns up to a multiple; may be ``w`` itself."""
-    w = w.float()
+    """``w`` [n, K] with zero columns up to a multiple; may be ``w`` itself."""
     missing = -w.shape[-1] % multiple
     return torch.nn.functional.pad(w, (0, missing)) if missing else w
+
+
+def columns_of_groups(w: Tensor, group: int) -> Tensor:
+    """A copy of ``w`` [n, K], zero-padded and cut into groups, one per column: fp32 [group, n·G], row by row."""
+    return pad_columns(w, group).reshape(-1, group).t().clone(memory_format=torch.contiguous_format).float()
 
 
 def _finite_amax(w: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from qrun.formats.base import Format, Layout, Shape, pad_columns
+from qrun.formats.base import Format, Layout, Shape, columns_of_groups
 from qrun.formats.fp8 import FP8_MAX, to_fp8
 from qrun.formats.packing import grouped, pack, unpack
 from qrun.formats.search import Start, reciprocal, search
@@ -76,7 +76,7 @@ class CodebookFormat(Format):
         return parts["scale"].float()
 
     def _encode(self, w: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        groups = pad_columns(w, self.group).reshape(-1, self.group).t().contiguous()  # [g, M]
+        groups = columns_of_groups(w, self.group)  # [g, M]
         fine = _fine_table(self.values, groups.device)
         top = max(self.values)
 

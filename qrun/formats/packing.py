@@ -10,7 +10,7 @@ from torch import Tensor
 
 def grouped(x: Tensor, size: int) -> Tensor:
     """[..., G·size] as [..., G, size]."""
-    return x.reshape(*x.shape[:-1], -1, size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -35,8 +35,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     mask = (1 << bits) - 1
     if 8 % bits == 0:
-        lanes = [(packed >> shift) & mask for shift in range(0, 8, bits)]
-        return torch.stack(lanes, -1).flatten(-2)
+        word = packed.contiguous().to(torch.int16 if bits == 4 else torch.int32)
+        spread = word  # one code to a byte of the (little-endian) word
+        for i in range(1, 8 // bits):
+            spread = spread | word << (i * (8 - bits))
+        return (spread & (mask * (0x0101 if bits == 4 else 0x01010101))).view(torch.uint8)
     spread = torch.arange(0, 8 * bits, 8, device=packed.device)
     words = (grouped(packed, bits).long() << spread).sum(-1)
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)

@@ -27,6 +27,11 @@ class PlainFormat(Format):
         """The values in ``dtype``; the stored tensor itself where that is its dtype."""
         return q.codes.to(dtype)
 
+    def _shared(self, amax: Tensor) -> dict[str, Tensor]:
+        if not bool(torch.isfinite(amax.to(self.dtype))):
+            raise ValueError(f"non-finite weights: {amax.item():g} is more than {self} can hold")
+        return {}
+
     def _encode(self, w: Tensor, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"codes": w}
 
