@@ -1,0 +1,215 @@
+"""A checkpoint directory: its configs, and its tensors one at a time, each checked before it is believed.
+
+Everything in it is untrusted. Opening reads JSON and safetensors headers only; `Checkpoint.read` copies one tensor
+out and keeps nothing, so resident memory grows by what the caller holds. Knows no architecture, no number format
+and no hub.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Self, cast
+
+import torch
+from torch import Tensor
+
+from qrun.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from qrun.tensorfile import Entry, TensorFile, load_json
+
+CONFIG_LIMIT: Final = 8 << 20
+INDEX_LIMIT: Final = 100 << 20
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WEIGHT_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SNAPSHOT: Final = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<sha>[0-9a-f]{40})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose headers have been read and found consistent. Make one with `open`."""
+
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    files: Mapping[str, TensorFile]
+    """Which file holds each tensor."""
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read the configs and every safetensors header of a directory.
+
+        Raises `ModelNotFoundError` if there is no such directory, `CheckpointError` if a file is missing, damaged or
+        lies, and `UnsupportedModelError` for a checkpoint that is quantized already.
+        """
+        _require_directory(path)
+        config = read_config(path)
+        generation = path / "generation_config.json"
+        return cls(path, config, _read_json(generation) if generation.exists() else {}, _open_shards(path))
+
+    def names(self) -> Sequence[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor as it is stored, from the header."""
+        return self._entry(name).nbytes
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored: a private CPU copy. Raises `CheckpointError` if there is none or the file is short."""
+        self._entry(name)
+        return self.files[name].read(name)
+
+    def weight(self, name: str, shape: Sequence[int]) -> Tensor:
+        """`read`, but only if the tensor is floating point and has exactly the shape its config promises."""
+        entry = self._entry(name)
+        if entry.shape != tuple(shape):
+            raise CheckpointError(
+                f"{name} in {self.files[name].path} has shape {list(entry.shape)}, its config.json says {list(shape)}: "
+                "the files belong to different models; fetch them again"
+            )
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{name} in {self.files[name].path} is {_short(entry.dtype)}, not "
+                f"{', '.join(map(_short, WEIGHT_DTYPES[:-1]))}: fetch the model's unquantized checkpoint"
+            )
+        return self.read(name)
+
+    @cached_property
+    def identity(self) -> str:
+        """What this checkpoint is, for a cache's key: the hub revision and file sizes, or file names, sizes, times."""
+        hub = _SNAPSHOT.search(self.path.absolute().as_posix())
+        digest = hashlib.sha256()
+        for file in sorted({self.path / "config.json", *(f.path for f in self.files.values())}):
+            status = file.stat()
+            digest.update(f"{file.name}\0{status.st_size}\0{0 if hub else status.st_mtime_ns}\0".encode())
+        if hub:
+            return f"{hub['org']}/{hub['name']}@{hub['sha']}:{digest.hexdigest()[:16]}"
+        return f"sha256:{digest.hexdigest()}"
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self.files[name].entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name}: the checkpoint is incomplete, or its config.json is another model's"
+            ) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a directory. Raises `CheckpointError` if unusable, `UnsupportedModelError` if quantized."""
+    config = _read_json(path / "config.json")
+    for key in ("quantization_config", "compression_config", "quantization"):
+        value = config.get(key)
+        if value:
+            method = cast(dict[str, Any], value).get("quant_method") if isinstance(value, dict) else value
+            raise UnsupportedModelError(
+                f"{path.name or path} is quantized already (config.json: {key}, quant_method {method or 'unnamed'!r}), "
+                "which this release cannot load: give the unquantized checkpoint and --quant"
+            )
+    return config
+
+
+def has_all_weights(path: Path) -> bool:
+    """Whether a directory has every weight file that it should; false while a download is partial. Opens none."""
+    if (path / SINGLE).exists() or not (path / INDEX).exists():
+        return (path / SINGLE).exists()
+    return all((path / shard).exists() for shard in _read_index(path / INDEX).values())
+
+
+def _require_directory(path: Path) -> None:
+    if path.suffix.lower() == ".gguf":
+        raise UnsupportedModelError(
+            f"{path} is a GGUF file, which this release cannot load: give a safetensors directory"
+        )
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: give the directory that holds it with its config.json")
+    if not path.is_dir():
+        raise ModelNotFoundError(
+            f"there is no directory {path}: check the path, or talk to the embedded model: qrun chat spark"
+        )
+
+
+def _read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+    except FileNotFoundError:
+        hint = _other_kind(path.parent)
+        raise CheckpointError(f"{path.parent} has no {path.name}{hint or ': it is not a model directory'}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(text) > limit:
+        raise CheckpointError(f"{path} is larger than {limit >> 20} MiB: not a plausible {path.name}; fetch it again")
+    return load_json(text, path)
+
+
+def _other_kind(path: Path) -> str:
+    """What a directory without safetensors holds instead, as the end of a sentence; empty if nothing known."""
+    if any(path.glob("*.gguf")):
+        return ", only GGUF, which this release cannot load: give a safetensors directory"
+    pickles = [file.name for pattern in PICKLES for file in path.glob(pattern)]
+    if pickles:
+        return (
+            f": only {min(pickles)}, refused because a pickle can run code; convert it to safetensors "
+            "with transformers' save_pretrained on a machine that may run it"
+        )
+    return ""
+
+
+def _open_shards(path: Path) -> dict[str, TensorFile]:
+    """Which file holds each tensor. Every file is checked against its header, and the index against the files."""
+    index: dict[str, str] = {}
+    if (path / SINGLE).exists():
+        shards = [SINGLE]
+    elif (path / INDEX).exists():
+        index = _read_index(path / INDEX)
+        shards = sorted(set(index.values()))
+    else:
+        shards = sorted(file.name for file in path.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if not shards:
+        raise CheckpointError(f"{path} has no safetensors{_other_kind(path) or ': fetch the weights too'}")
+    found: dict[str, TensorFile] = {}
+    for shard in shards:
+        if not (path / shard).exists():
+            raise CheckpointError(f"{path} has no {shard}, which its index names: fetch the missing shard")
+        file = TensorFile(path / shard)
+        for name in file.entries:
+            if name in found:
+                raise CheckpointError(
+                    f"{path}: {name} is both in {found[name].path.name} and in {shard}: fetch it again"
+                )
+            found[name] = file
+    for name, shard in index.items():
+        if name not in found or found[name].path.name != shard:
+            raise CheckpointError(f"{path}: the index puts {name} in {shard}, which does not hold it: fetch it again")
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = _read_json(path, INDEX_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map: fetch it again")
+    for name, shard in cast(dict[str, object], weight_map).items():
+        plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
+        if not plain or not str(shard).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} puts {name} in {shard!r}, which is not a safetensors file beside it: refused"
+            )
+    return cast(dict[str, str], weight_map)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
