@@ -1,0 +1,262 @@
+"""Which model, at which precision, where: the options of every command. Knows typer, but neither torch nor a model.
+
+They live in dataclasses; `qrun.cli.spread` turns those into a command's signature.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qrun.errors import UsageError
+from qrun.recipe import Recipe
+
+EMBEDDED = "spark"
+"""The model that ships in the package, and the default of every command."""
+
+QUANTS = (
+    ("bf16", "16-bit weights: nothing is quantized"),
+    ("wint8", "8-bit weights: half the memory, hardly any loss"),
+    ("wint4", "4-bit weights: about 3.6 times smaller"),
+    ("fp8", "8-bit floating point in 128x128 blocks"),
+    ("w8a8", "8-bit weights and activations"),
+    ("nf4", "4-bit weights on a normal-distribution codebook"),
+    ("mxfp4", "4-bit floating point, one power-of-two scale per 32"),
+    ("nvfp4", "4-bit floating point, one fp8 scale per 16"),
+)
+KV_FORMATS = (
+    ("bf16", "16-bit cache"),
+    ("int8", "half the cache"),
+    ("int4", "a quarter of the cache, rotated"),
+    ("fp8", "8-bit floating point"),
+    ("k8v4", "int8 keys, int4 values"),
+)
+
+MODEL_PANEL = "Model and precision"
+OUTPUT_PANEL = "Output"
+
+
+def _complete_quant(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, note) for name, note in QUANTS if name.startswith(incomplete.lower())]
+
+
+def _complete_kv(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, note) for name, note in KV_FORMATS if name.startswith(incomplete.lower())]
+
+
+def _sugar(name: str, note: str = "") -> Any:
+    text = f"The same as --quant {name}{note}."
+    return typer.Option(f"--{name}", help=text, envvar=[], rich_help_panel=MODEL_PANEL)
+
+
+def parse_size(text: str) -> int:
+    """Return the number of tokens that `text` names: `4096`, `32k` (times 1024) or `1m` (times 1024 squared).
+
+    Raises:
+        UsageError: the text is not a positive size.
+    """
+    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    size = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]] if match else 0
+    if size < 1:
+        raise UsageError(f"--ctx-size {text!r} is not a size: give tokens like 4096, 32k or 1m, or max")
+    return size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, at which precision, where."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint directory, a name such as ernie or qwen3:0.6b, an org/name on the hub, "
+            "or spark, the model that ships with qrun.",
+        ),
+    ] = EMBEDDED
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant",
+            metavar="RECIPE",
+            envvar=[],  # recipe() reads QRUN_QUANT, so that --wint4 may beat it
+            autocompletion=_complete_quant,
+            help="Precision of weights, activations and cache: bf16 (the default), wint8, wint4, fp8, w8a8, nf4, "
+            "mxfp4, nvfp4, W4A16C8, W4g32, or per role, as in mix:experts=w4,dense=w8.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    wint8: Annotated[bool, _sugar("wint8")] = False
+    wint4: Annotated[bool, _sugar("wint4")] = False
+    wint2: Annotated[bool, _sugar("wint2", ": tiny, and poor")] = False
+    fp8: Annotated[bool, _sugar("fp8")] = False
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            "--kv",
+            metavar="FORMAT",
+            autocompletion=_complete_kv,
+            help="Format of the KV cache: bf16, int8, int4, fp8, or keys and values apart, as in k8v4.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    ctx_size: Annotated[
+        str | None,
+        typer.Option(
+            "-c",
+            "--ctx-size",
+            metavar="TOKENS",
+            help="Length of the context: 4096, 32k, or max for all the model has.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cuda", "xpu", "cpu"],
+        typer.Option("--device", help="Where to run.", rich_help_panel=MODEL_PANEL),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", metavar="N", help="CPU threads; every core when not given.", rich_help_panel=MODEL_PANEL
+        ),
+    ] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse to run any operation on a slower fallback kernel: exit code 5.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Use only what is already on this machine.", rich_help_panel=MODEL_PANEL),
+    ] = False
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep the quantized weights on disk, so that the next start need not quantize again.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = True
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print nothing but text and errors.", rich_help_panel=OUTPUT_PANEL)
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Also say which kernel runs each operation.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = False
+
+    def precision(self) -> str:
+        """Return the precision that was asked for, as typed; a flag beats `QRUN_QUANT`.
+
+        Raises:
+            UsageError: two options name a precision of the weights.
+        """
+        sugar = {"wint8": self.wint8, "wint4": self.wint4, "wint2": self.wint2, "fp8": self.fp8}
+        names = [name for name, given in sugar.items() if given]
+        asked = [f"--{name}" for name in names]
+        if self.quant is not None:
+            names.append(self.quant)
+            asked.append(f"--quant {self.quant}")
+        if len(asked) > 1:
+            raise UsageError(f"{' and '.join(asked)} contradict each other: give one of them")
+        return names[0] if names else os.environ.get("QRUN_QUANT") or "bf16"
+
+    def recipe(self) -> Recipe:
+        """Return the recipe the options ask for.
+
+        Raises:
+            UsageError: two options name a precision of the weights, or one of them does not parse.
+        """
+        return Recipe.parse(self.precision(), kv=self.kv)
+
+    def context(self) -> int | None:
+        """Return the context length in tokens, -1 for all the model has, or None for the loader's choice.
+
+        Raises:
+            UsageError: `--ctx-size` does not parse.
+        """
+        if self.ctx_size is None:
+            return None
+        return -1 if self.ctx_size.lower() == "max" else parse_size(self.ctx_size)
+
+    def on(self, model: str) -> "ModelOptions":
+        """Return the same options for another model."""
+        return dataclasses.replace(self, model=model)
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is imported or read.
+
+        Raises:
+            UsageError: an option is wrong, or two contradict each other.
+        """
+        self.recipe()
+        self.check_place()
+
+    def check_place(self) -> None:
+        """Refuse an impossible context or number of threads.
+
+        Raises:
+            UsageError: one of them is impossible.
+        """
+        self.context()
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads} is impossible: give 1 or more")
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Return what `qrun.load` takes of these, all but model and recipe."""
+        return {
+            "device": self.device,
+            "strict": self.strict,
+            "offline": self.offline,
+            "cache": self.cache,
+            "threads": self.threads,
+        } | ({} if self.ctx_size is None else {"context": self.context()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(ModelOptions):
+    """The same for a command that makes a table: `--quant` and `--kv` may be lists with commas."""
+
+    def recipes(self, default: str = "bf16") -> list[Recipe]:
+        """Return the recipes to go through; the commas inside a `mix:` belong to it.
+
+        Raises:
+            UsageError: one of them does not parse.
+        """
+        asked = self.precision()
+        parts: list[str] = []
+        for part in (default if asked == "bf16" and self.quant is None else asked).split(","):
+            if parts and parts[-1].lower().startswith("mix:") and "=" in part and ":" not in part:
+                parts[-1] += f",{part}"
+            else:
+                parts.append(part)
+        return [Recipe.parse(part) for part in parts]
+
+    def kvs(self) -> list[str | None]:
+        """Return the cache formats to go through; None is the recipe's own.
+
+        Raises:
+            UsageError: one of them does not parse.
+        """
+        if self.kv is None:
+            return [None]
+        for name in self.kv.split(","):
+            Recipe.parse(kv=name)
+        return list(self.kv.split(","))
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is imported or read.
+
+        Raises:
+            UsageError: an option is wrong, or two contradict each other.
+        """
+        self.recipes()
+        self.kvs()
+        self.check_place()
