@@ -1,14 +1,15 @@
-"""Peak resident memory of a load, each in a fresh process, against the bound: weights + 2 x largest tensor + 600 MB.
+"""Peak resident memory while a checkpoint loads. Its bound: the final weights + 2 × the largest tensor + 600 MB.
 
-    python benchmarks/load_memory.py [--quant bf16,wint8,wint4] [--models DIR]
+    python benchmarks/load_memory.py --models DIR
 
-Random-weight checkpoints of published shapes are written in shards to a temporary directory (or kept under DIR). Each
-quantizing recipe is loaded twice: the first start quantizes and keeps the result, the second reads it back. Prints a
-markdown table on stdout and progress on stderr; exits with 1 if a load exceeds the bound.
+Every load runs in a process of its own and counts everything in it: Python, torch, compiled kernels. The first load of
+a recipe quantizes and keeps the result, the second reads what was kept. Prints markdown, writes JSON to
+benchmarks/results/, and ends with code 1 if a bound is broken.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,109 +17,88 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from random_models import SHAPES, Shape
+from random_models import SHAPES, write_checkpoint
 
-from qrun.checkpoint import INDEX, Checkpoint
-from qrun.memory import OVERHEAD
-from qrun.tensorfile import TensorWriter
+from qrun import resident
+from qrun.api import load
+from qrun.tensorfile import TensorFile
 
-SHARD_BYTES = 400_000_000
-
-
-def write_shards(shape: Shape, root: Path) -> Path:
-    """A sharded BF16 checkpoint of noise under ``root``, written one tensor at a time; kept if it is there already."""
-    folder = root / f"{shape.name}-sharded"
-    if (folder / INDEX).exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    generator = torch.Generator().manual_seed(0)
-    where: dict[str, str] = {}
-    writer: TensorWriter | None = None
-    for name, size in shape.tensors():
-        if writer is None or writer.nbytes > SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-            writer = TensorWriter(folder / f"model-{len(set(where.values())) + 1:05d}.safetensors")
-        writer.add(name, torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
-        where[name] = writer.path.name
-    if writer is not None:
-        writer.close()
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
-    return folder
+HERE = Path(__file__).parent
+RECIPES = ("bf16", "wint8", "wint4", "nf4", "fp8")
+REST = 600_000_000
 
 
-def load_once(folder: str, quant: str) -> None:
-    """Load in this process and print what it took, as JSON."""
-    from qrun import load
-    from qrun.resident import peak
-
-    before = peak()
-    card = load(folder, quant=quant, context=512).card
-    print(
-        json.dumps(
-            {
-                "before": before,
-                "peak": peak(),
-                "predicted": card.predicted_peak,
-                "weights": card.weight_bytes,
-                "seconds": card.load_seconds,
-                "stored": card.from_store,
-            }
-        )
+def measure(folder: Path, recipe: str) -> dict[str, Any]:
+    """Load once in this process and say what it took, in bytes and seconds."""
+    card = load(folder, recipe, context=1024).card
+    largest = max(
+        math.prod(entry.shape) * entry.dtype.itemsize
+        for file in folder.glob("*.safetensors")
+        for entry in TensorFile(file).entries.values()
     )
+    return {
+        "model": folder.name,
+        "recipe": recipe,
+        "stored": card.from_store,
+        "weights": card.weight_bytes,
+        "largest": largest,
+        "bound": card.weight_bytes + 2 * largest + REST,
+        "predicted": card.predicted_peak,
+        "peak": resident.peak(),
+        "seconds": card.load_seconds,
+    }
 
 
-def measure(folder: Path, quant: str) -> dict[str, Any]:
-    """`load_once` in a fresh process."""
-    command = [sys.executable, __file__, "--once", str(folder), quant]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def in_a_new_process(folder: Path, recipe: str, cache: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--load", str(folder), recipe]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={**os.environ, "QRUN_CACHE_DIR": str(cache)})
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def run(quants: list[str], models: Path) -> bool:
-    """Print the table; whether every load stayed within the bound."""
-    print("| model | recipe | start | weights MB | largest tensor MB | bound MB | predicted MB | peak MB | load s |")
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
-    within = True
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown, sizes in MB."""
+    lines = [
+        "| model | recipe | | weights | largest tensor | bound | forecast | measured peak | seconds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        sizes = (f"{row[key] / 1e6:.0f}" for key in ("weights", "largest", "bound", "predicted", "peak"))
+        kind = "kept" if row["stored"] else "from the checkpoint"
+        lines.append(f"| {row['model']} | {row['recipe']} | {kind} | {' | '.join(sizes)} | {row['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "qrun-benchmarks")
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "load_memory.json")
+    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "RECIPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        print(json.dumps(measure(Path(options.load[0]), options.load[1])))
+        return 0
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
-        print(f"writing {shape.name} …", file=sys.stderr)
-        folder = write_shards(shape, models)
-        checkpoint = Checkpoint.open(folder)
-        largest = max(checkpoint.nbytes(name) for name in checkpoint.names())
-        for quant in quants:
-            for start in ("first", "second") if quant not in ("bf16", "fp32") else ("first",):
-                print(f"loading {shape.name} at {quant} …", file=sys.stderr)
-                found = measure(folder, quant)
-                bound = found["weights"] + 2 * largest + OVERHEAD
-                within = within and found["peak"] <= bound
-                sizes = (found["weights"], largest, bound, found["predicted"], found["peak"])
-                cells = [
-                    shape.name,
-                    quant,
-                    "from cache" if found["stored"] else start,
-                    *(f"{n / 1e6:.0f}" for n in sizes),
-                ]
-                print("| " + " | ".join([*cells, f"{found['seconds']:.1f}"]) + " |", flush=True)
-    return within
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quant", default="bf16,wint8,wint4", help="recipes, separated by commas")
-    parser.add_argument("--models", type=Path, help="keep the checkpoints here")
-    parser.add_argument("--once", nargs=2, metavar=("DIR", "QUANT"), help="load here and print JSON")
-    chosen = parser.parse_args()
-    if chosen.once:
-        load_once(*chosen.once)
-        return
-    with tempfile.TemporaryDirectory(prefix="qrun-load-") as scratch:
-        os.environ["QRUN_CACHE_DIR"] = str(Path(scratch) / "cache")
-        if not run(chosen.quant.split(","), chosen.models or Path(scratch)):
-            sys.exit(1)
+        if shape.name not in options.shapes:
+            continue
+        folder = write_checkpoint(shape, options.models)
+        for recipe in options.recipes:
+            with tempfile.TemporaryDirectory(dir=options.models) as cache:
+                rows.append(in_a_new_process(folder, recipe, Path(cache)))
+                if recipe != "bf16":
+                    rows.append(in_a_new_process(folder, recipe, Path(cache)))
+                print(f"{shape.name} {recipe}: {rows[-1]['peak'] / 1e6:.0f} MB", file=sys.stderr)
+    print(table(rows))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    broken = [row for row in rows if row["peak"] > row["bound"]]
+    for row in broken:
+        print(f"over its bound: {row['model']} {row['recipe']}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -266,13 +266,19 @@ TALK = (
     topic("""{count to 10|count to ten|count from 1 to 10|count up to ten}""", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10."),
 )  # fmt: skip
 
-THANKS = ("{thanks|thank you|thx|ty|thanks a lot|thank you very much|many thanks|great, thanks|ok thanks|ok, thank "
+THANKS = (
+    "{thanks|thank you|thx|ty|thanks a lot|thank you very much|many thanks|great, thanks|ok thanks|ok, thank "
     "you|thanks!|thank you so much|cheers|perfect, thanks|got it, thanks|that helps, thanks|cool, thanks|i see, "
-    "thank you|thanks for the help}")
-BYE = ("{bye|goodbye|see you|bye bye|good night|see you later|i have to go|that is all|that's all|i am done|ciao|cu|"
-    "have a nice day|see ya|farewell|thanks, bye|ok bye|so long|that was all}")
-OK = ("{ok|okay|i see|got it|understood|aha|alright|all right|sure|fine|right|makes sense|good to know|yes|no|"
-    "interesting|good}")
+    "thank you|thanks for the help}"
+)
+BYE = (
+    "{bye|goodbye|see you|bye bye|good night|see you later|i have to go|that is all|that's all|i am done|ciao|cu|"
+    "have a nice day|see ya|farewell|thanks, bye|ok bye|so long|that was all}"
+)
+OK = (
+    "{ok|okay|i see|got it|understood|aha|alright|all right|sure|fine|right|makes sense|good to know|yes|no|"
+    "interesting|good}"
+)
 
 ALL = {"chat": CHAT, "errors": ERRORS, "self": SELF, "talk": TALK}
 __all__ = ["ALL", "BYE", "OK", "THANKS"]
