@@ -82,7 +82,7 @@ class MoESpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEWeights:
-    """norm [H]; router [E, H] and correction [E] in float32; gate_up [E, 2I, H]; down [E, H, I]; shared experts or none."""
+    """norm [H]; router [E, H], correction [E] in float32; gate_up [E, 2I, H]; down [E, H, I]; shared ones or none."""
 
     norm: Tensor
     router: Tensor
@@ -179,7 +179,7 @@ class Backend:
         qkv = self.linear(weights.qkv, weights.qkv_bias, activations=spec.activations, op="qkv")
         o = self.linear(weights.o, weights.o_bias, activations=spec.activations, op="o")
         self.note("attention", "any", "torch, piecewise", fallback=False)
-        heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+        heads = [spec.heads, spec.kv_heads, spec.kv_heads]
 
         def attend(x: Tensor, cache: LayerCache, step: Step) -> Tensor:
             mixed = qkv(reference.rms_norm(x, weights.norm, spec.eps))

@@ -14,7 +14,7 @@ E4M3_MAX = 448.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] / sqrt(mean(x²) + eps) * weight [H], computed in float32, in the dtype of x (Zhang & Sennrich 2019)."""
+    """x [..., H] / sqrt(mean(x²) + eps) * weight [H], computed in float32, in the dtype of x (Zhang, Sennrich 2019)."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -26,7 +26,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x [S, heads, D] by the angles whose cos and sin are [S, D/2] (Su et al. 2021)."""
+    """Rotate the pairs (i, i + D/2) of x [S, heads, D] by angles with cos and sin [S, D/2] (Su et al. 2021)."""
     a, b = x.float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -40,7 +40,7 @@ def quantize_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_fp8_rows(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> e4m3 codes [..., K] and float32 scales [..., ceil(K/group)], amax/448 per row and group of columns."""
+    """x [..., K] -> e4m3 codes [..., K] and float32 scales [..., ceil(K/group)]: amax/448 per row and group."""
     k = x.shape[-1]
     padded = F.pad(x.float(), (0, -k % group))
     padded = padded.view(*padded.shape[:-1], -1, group)
@@ -50,7 +50,7 @@ def quantize_fp8_rows(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def round_activations(x: Tensor, kind: str) -> Tensor:
-    """x as a matmul of activation type ``kind`` sees it: unchanged for 16 and 32, through int8 or e4m3 and back otherwise."""
+    """x as a matmul of activation type ``kind`` sees it: as it is for 16 and 32, else through int8 or e4m3 and back."""
     if kind == "int8":
         codes, scale = quantize_int8_rows(x)
         return (codes.float() * scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The front door: a name becomes a ready Engine. It joins hub, checkpoint, memory, loader and backend, and does no work."""
+"""The front door: a name becomes a ready Engine. It joins hub, checkpoint, memory, loader and backend."""
 
 import time
 from contextlib import nullcontext

@@ -1,7 +1,7 @@
 """Prefill in chunks, then the decode loop, over one cache. Token ids only: it knows no text, files or terminal."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ class Generation:
         self._tokens.close()
         self.finish_reason = self.finish_reason or "cancelled"
 
-    def _work(self) -> Iterator[int]:
+    def _work(self) -> Generator[int]:
         stats, engine = self.stats, self.engine
         try:
             yield from self._generate(engine, stats)
@@ -206,14 +206,15 @@ class Generation:
             raise
 
     @torch.inference_mode()
-    def _generate(self, engine: Engine, stats: Stats) -> Iterator[int]:
+    def _generate(self, engine: Engine, stats: Stats) -> Generator[int]:
         sampler = Sampler(self.sampling, self.prompt, engine.config.vocab, engine.backend.device)
         stats.seed = sampler.settings.seed or 0
         stats.prompt_tokens = len(self.prompt)
         begun = time.perf_counter()
         logits = torch.empty(0)
         stats.reused_tokens = engine.rewind(self.prompt)
-        for logits in engine.prefill(self.prompt[stats.reused_tokens :]):
+        for after_chunk in engine.prefill(self.prompt[stats.reused_tokens :]):
+            logits = after_chunk
             self.prefilled = len(engine.ids)
         stats.prefill_seconds = time.perf_counter() - begun
         while True:

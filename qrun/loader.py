@@ -82,7 +82,7 @@ class Loader:
         self.backend = backend
         self.stored = stored
         self.writer = writer
-        self.progress = progress or (lambda what, done, total: None)
+        self.progress: Progress = progress or (lambda what, done, total: None)
         self.loaded = Loaded()
 
     def load(self) -> Decoder:
@@ -192,7 +192,10 @@ class Loader:
         config, backend = self.config, self.backend
         act = self.recipe.activations
         here = f"layers.{i}."
-        tensor: Callable[[str], Tensor | None] = lambda name: found.pop(here + name, None)
+
+        def tensor(name: str) -> Tensor | None:
+            return found.pop(here + name, None)
+
         attend = backend.attention_block(
             AttentionSpec(
                 heads=config.heads,

@@ -64,7 +64,8 @@ class Sampling:
             found["temperature"] = 0.0
         if not found:
             return cls()
-        return cls(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | found))
+        plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return cls(**(plain | found))
 
     def seeded(self) -> "Sampling":
         """Itself, with a fresh random seed where it has none."""

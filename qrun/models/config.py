@@ -5,7 +5,7 @@ It knows no tensor names and no files. Reading refuses, by key and value, whatev
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qrun.errors import UnsupportedModelError
 
@@ -14,7 +14,7 @@ HfConfig = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary positions. ``kind`` is default, linear or llama3; ``interleaved`` says how the checkpoint pairs the rows."""
+    """Rotary positions. ``kind`` is default, linear or llama3; ``interleaved``: how the checkpoint pairs the rows."""
 
     theta: float
     kind: str = "default"
@@ -27,7 +27,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
-    """Experts per sparse layer, how many a token uses, their width, and the width of the shared ones together (or 0)."""
+    """Experts per sparse layer, how many a token uses, their width, and the shared ones' width together (or 0)."""
 
     experts: int
     top_k: int
@@ -114,7 +114,7 @@ class Reader:
         scaling: Any = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         if not isinstance(scaling, Mapping):
             raise self.fail("rope_parameters", scaling, "a mapping")
-        values: HfConfig = scaling
+        values = cast(HfConfig, scaling)
         self.must_be("partial_rotary_factor", None, 1, 1.0)
         if values.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise self.fail("partial_rotary_factor", values["partial_rotary_factor"], "1.0")
