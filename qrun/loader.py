@@ -14,7 +14,7 @@ from torch import Tensor
 from qrun.backends.base import AttentionSpec, AttentionWeights, Backend, FfnWeights, MoESpec, MoEWeights
 from qrun.checkpoint import Checkpoint
 from qrun.errors import CheckpointError, UnsupportedModelError
-from qrun.formats import Format, QTensor, format_of
+from qrun.formats import Format, PlainFormat, QTensor, format_of
 from qrun.models.config import ModelConfig
 from qrun.models.decoder import Decoder, Layer, inverse_frequencies
 from qrun.models.plan import Source, Weight, after, before, layer, plan
@@ -114,11 +114,17 @@ class Loader:
         take(after(config, tied=tied))
         table = packed["embed"]
         head = table if tied else packed["lm_head"]
+        # A head left in BF16 beside quantized layers keeps 16-bit activations too.
+        left_alone = isinstance(head.format, PlainFormat) and self.recipe.lm_head != self.recipe.dense
         decoder = Decoder(
             embed=backend.embedding(table),
             layers=layers,
             head=backend.head(
-                found["norm"], config.eps, head, found.get("lm_head.bias"), activations=self.recipe.activations
+                found["norm"],
+                config.eps,
+                head,
+                found.get("lm_head.bias"),
+                activations="16" if left_alone else self.recipe.activations,
             ),
             inv_freq=inverse_frequencies(config.rope, config.head_dim),
             device=backend.device,
