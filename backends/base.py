@@ -212,15 +212,18 @@ class Backend:
             narrow = self.linear(
                 weights.shared_down, weights.shared_down_bias, activations=activations, op="shared down"
             )
-            shared = lambda h: narrow(reference.silu_mul(widen(h)))  # noqa: E731
+
+            def both(h: Tensor) -> Tensor:
+                return narrow(reference.silu_mul(widen(h)))
+
+            shared = both
 
         def feed(x: Tensor) -> Tensor:
             h = reference.rms_norm(x, weights.norm, eps)
             gates, chosen = reference.route(
                 h, weights.router, weights.correction, spec.top_k, normalise=spec.normalise, norm_min=spec.norm_min
             )
-            out = x if shared is None else x + shared(h)
-            out = out.clone() if out is x else out
+            out = x.clone() if shared is None else x + shared(h)
             for e in sorted({int(c) for c in chosen.flatten()}):
                 token, slot = torch.where(chosen == e)
                 y = second[e](reference.silu_mul(first[e](h[token])))

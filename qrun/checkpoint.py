@@ -72,8 +72,8 @@ class Checkpoint:
         self._entry(name)
         return self.files[name].read(name)
 
-    def weight(self, name: str, shape: Sequence[int]) -> Tensor:
-        """`read`, but only if the tensor is floating point and has exactly the shape its config promises."""
+    def require(self, name: str, shape: Sequence[int]) -> None:
+        """Raise `CheckpointError` unless the tensor is floating point and has exactly the shape its config promises."""
         entry = self._entry(name)
         if entry.shape != tuple(shape):
             raise CheckpointError(
@@ -85,6 +85,10 @@ class Checkpoint:
                 f"{name} in {self.files[name].path} is {_short(entry.dtype)}, not "
                 f"{', '.join(map(_short, WEIGHT_DTYPES[:-1]))}: fetch the model's unquantized checkpoint"
             )
+
+    def weight(self, name: str, shape: Sequence[int]) -> Tensor:
+        """`read`, of a tensor that is what `require` asks for."""
+        self.require(name, shape)
         return self.read(name)
 
     @cached_property

@@ -56,11 +56,7 @@ def check(config: ModelConfig, checkpoint: Checkpoint, weights: list[Weight], *,
         for part in weight.parts:
             for source in part:
                 known.add(source.name)
-                if checkpoint.shape(source.name) != source.shape:
-                    raise CheckpointError(
-                        f"{source.name} has shape {list(checkpoint.shape(source.name))}, and config.json says "
-                        f"{list(source.shape)}: the files belong to different models; fetch them again"
-                    )
+                checkpoint.require(source.name, source.shape)
     for name in checkpoint.names():
         if name not in known and not name.startswith(SPARE) and not name.endswith(SPARE_ENDS):
             raise UnsupportedModelError(
