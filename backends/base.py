@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrun.cache import LayerCache
+from qrun.cache import KVCache, LayerCache
 from qrun.formats import PlainFormat, QTensor
 from qrun.kernels import reference
 
@@ -31,12 +31,18 @@ class Binding:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the tokens of one forward stand: positions start … start+S-1, and their rotation angles [S, D/2]."""
+    """Where the tokens of one forward stand: positions start … start+S-1, and their rotation angles [S, D/2].
+
+    positions [S] and length [1], start + S, are on the device. A step that is recorded and replayed at other positions
+    reads them alone: then ``start`` is of the recording, and ``limit`` is what no replay's length exceeds.
+    """
 
     start: int
     positions: Tensor
     cos: Tensor
     sin: Tensor
+    length: Tensor
+    limit: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +116,10 @@ class Backend:
     """Plain torch on any device. ``progress`` is told, in words, of anything that takes over a second at load."""
 
     name = "torch"
+    chunk = 512
+    """Prompt tokens a forward."""
+    runs_ahead = False
+    """Whether a step returns before it is done, so that the next one may begin before its token is looked at."""
 
     def __init__(
         self,
@@ -242,6 +252,18 @@ class Backend:
     def prepare(self) -> None:
         """Called once after everything is bound: compile or warm up what the first token would otherwise wait for."""
 
-    def capture(self, step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """A faster equal of the decode step where the device has one (a graph); here the step itself."""
-        return step
+    def capture(
+        self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache
+    ) -> Callable[[Tensor], Tensor]:
+        """A faster equal of the decode step where the device has one (a graph); here the step itself.
+
+        ``step(token [1], position [1] or none for the cache's length, limit)`` appends a token to the cache and gives
+        the next logits [1, V].
+        """
+        return lambda token: step(token, None, cache.length + 1)
+
+    def chooser(
+        self, vocab: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The device's own sampling, logits [1, V] -> token [1], or none where it has none for these settings."""
+        del vocab, temperature, top_k, top_p, min_p, seed

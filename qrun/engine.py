@@ -1,7 +1,7 @@
 """Prefill in chunks, then the decode loop, over one cache. Token ids only: it knows no text, files or terminal."""
 
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,6 @@ from qrun.recipe import Recipe
 from qrun.repetition import LoopGuard
 from qrun.runcard import RunCard
 from qrun.sampler import Sampler, Sampling
-
-CHUNK = 512  # prompt tokens a forward
-
 
 @dataclass
 class Stats:
@@ -63,7 +60,13 @@ class Engine:
             device=self.backend.device,
         )
         self.ids: list[int] = []
-        self._step = self.backend.capture(lambda ids: self.decoder.forward(ids, self.cache, last_only=True))
+        cache = self.cache
+        self._step = self.backend.capture(
+            lambda token, position, limit: self.decoder.forward(
+                token, cache, last_only=True, positions=position, limit=limit
+            ),
+            cache,
+        )
 
     @property
     def cached_ids(self) -> Sequence[int]:
@@ -110,7 +113,8 @@ class Engine:
         """Next-token logits [S, V] float32 after each of ids [S], from an empty cache, in chunks, through the cache."""
         self._check(ids)
         self.reset()
-        parts = [self._run(ids[a : a + CHUNK], last_only=False) for a in range(0, len(ids), CHUNK)]
+        chunk = self.backend.chunk
+        parts = [self._run(ids[a : a + chunk], last_only=False) for a in range(0, len(ids), chunk)]
         return torch.cat(parts)
 
     def generate(
@@ -155,15 +159,28 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """Append ids to the cache in chunks; after each chunk, yields the logits [1, V] of its last token."""
-        for a in range(0, len(ids), CHUNK):
-            yield self._run(ids[a : a + CHUNK], last_only=True)
+        chunk = self.backend.chunk
+        for a in range(0, len(ids), chunk):
+            yield self._run(ids[a : a + chunk], last_only=True)
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
-        """One decode step: a token [1] -> the next logits [1, V]."""
-        logits = self._step(token)
-        self.ids.append(int(token))
-        return logits
+        """One decode step: a token [1] -> the next logits [1, V], which the next step may overwrite.
+
+        The cache has the token then, ``ids`` not yet: who knows its value appends it, or truncates the cache.
+        """
+        return self._step(token)
+
+    def sampler(self, sampling: Sampling, prompt: Sequence[int]) -> Sampler:
+        """What chooses a reply's tokens, on the device's own kernel where it has one."""
+
+        def choose(seeded: Sampling) -> Callable[[Tensor], Tensor] | None:
+            return self.backend.chooser(
+                self.config.vocab, temperature=seeded.temperature, top_k=seeded.top_k, top_p=seeded.top_p,
+                min_p=seeded.min_p, seed=seeded.seed or 0,
+            )  # fmt: skip
+
+        return Sampler(sampling, prompt, self.config.vocab, self.backend.device, choose=choose)
 
 
 @dataclass
@@ -204,10 +221,12 @@ class Generation:
         except (KeyboardInterrupt, GeneratorExit):
             self.finish_reason = self.finish_reason or "cancelled"
             raise
+        finally:
+            engine.cache.truncate(len(engine.ids))
 
     @torch.inference_mode()
     def _generate(self, engine: Engine, stats: Stats) -> Generator[int]:
-        sampler = Sampler(self.sampling, self.prompt, engine.config.vocab, engine.backend.device)
+        sampler = engine.sampler(self.sampling, self.prompt)
         stats.seed = sampler.settings.seed or 0
         stats.prompt_tokens = len(self.prompt)
         begun = time.perf_counter()
@@ -220,8 +239,13 @@ class Generation:
         while True:
             begun = time.perf_counter()
             token = sampler(logits)
-            stats.decode_seconds += time.perf_counter() - begun
+            # Where that does not wait, the next step is begun before the token is known; it may turn out not to count.
+            last = self.max_tokens is not None and stats.new_tokens + 1 >= self.max_tokens
+            ahead = engine.backend.runs_ahead and not last and len(engine.ids) < engine.context
+            if ahead:
+                logits = engine.step(token)
             chosen = int(token)
+            stats.decode_seconds += time.perf_counter() - begun
             if chosen in self.stop_ids:
                 self.finish_reason = "stop"
                 return
@@ -235,6 +259,8 @@ class Generation:
                 self.finish_reason = "context"
             if self.finish_reason is not None:
                 return
-            begun = time.perf_counter()
-            logits = engine.step(token)
-            stats.decode_seconds += time.perf_counter() - begun
+            if not ahead:
+                begun = time.perf_counter()
+                logits = engine.step(token)
+                stats.decode_seconds += time.perf_counter() - begun
+            engine.ids.append(chosen)

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,26 +72,40 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
 
+Choose = Callable[[Sampling], "Callable[[Tensor], Tensor] | None"]
+"""Seeded settings -> a device's own way to choose by them, logits [1, V] -> token [1], or None where it has none."""
+
+
 class Sampler:
     """One reply's choices: reproducible from its seed, and mindful of the tokens so far where a penalty asks."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int, device: object) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab: int,
+        device: object,
+        *,
+        choose: Choose | None = None,
+    ) -> None:
         import torch
 
         self.settings = sampling.seeded()
+        self._kernel = None if choose is None else choose(self.settings)
         self.random = torch.Generator(device=str(device)).manual_seed(self.settings.seed or 0)
         s = self.settings
         self.seen: Tensor | None = None
         self.counts: Tensor | None = None
         if s.repeat_penalty != 1:
             self.seen = torch.zeros(vocab, dtype=torch.bool, device=str(device))
-            self.seen[torch.tensor(list(prompt), dtype=torch.long)] = True
+            self.seen[torch.tensor(list(prompt), dtype=torch.long, device=str(device))] = True
         if s.presence_penalty or s.frequency_penalty:
             self.counts = torch.zeros(vocab, device=str(device))
 
     def __call__(self, logits: "Tensor") -> "Tensor":
         """logits [1, V] float32 -> the chosen token [1], int64."""
-        token = self._choose(self._penalised(logits[0]))
+        penalised = self._penalised(logits[0])
+        token = self._choose(penalised) if self._kernel is None else self._kernel(penalised[None])
         if self.seen is not None:
             self.seen[token] = True
         if self.counts is not None:
@@ -117,7 +131,9 @@ class Sampler:
             return logits.argmax(-1, keepdim=True)
         logits = logits / s.temperature
         cut = s.top_p < 1 or s.min_p > 0
-        width = s.top_k or (CANDIDATES if cut else 0)
+        # Whether a few candidates are enough is read from the device: no wait on a CPU, one on all others.
+        few = CANDIDATES if logits.device.type == "cpu" else logits.shape[0]
+        width = s.top_k or (few if cut else 0)
         if not 0 < width < logits.shape[0]:
             width = logits.shape[0]
         values, ids = (logits, None) if width == logits.shape[0] and not cut else logits.topk(width)

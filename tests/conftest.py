@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qrun.kernels.cpu_pool import HOME
+
+# Triton decides at import whether its kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # `python -m pytest` puts the root first on the path, where transformers would take kernels/ for another project.
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).parents[1]]

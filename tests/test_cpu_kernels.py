@@ -105,7 +105,7 @@ def test_outliers_cost_no_precision_elsewhere(cpu: CPUBackend, plain: Backend) -
 def angles(start: int, stop: int, dim: int) -> Step:
     positions = torch.arange(start, stop)
     angle = positions[:, None] * torch.logspace(0, -3, dim // 2)
-    return Step(start, positions, angle.cos(), angle.sin())
+    return Step(start, positions, angle.cos(), angle.sin(), positions[-1:] + 1, stop)
 
 
 @pytest.mark.parametrize(("k", "v"), [("fp32", "bf16"), ("int8", "int4"), ("int4", "int8"), ("fp8", "fp8")])

@@ -48,7 +48,7 @@ def test_a_shared_prefix_is_reused_and_changes_nothing(engine: Engine) -> None:
 
 def test_chunks_do_not_change_the_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = engine.logits(IDS)
-    monkeypatch.setattr(qrun.engine, "CHUNK", 7)
+    monkeypatch.setattr(engine.backend, "chunk", 7)
     torch.testing.assert_close(engine.logits(IDS), whole, rtol=1e-4, atol=1e-4)
 
 

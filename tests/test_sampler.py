@@ -1,5 +1,6 @@
 """Sampling: each cut against a distribution worked out by hand, penalties by their definitions, seeds that repeat."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,6 +67,33 @@ def test_penalties_follow_their_definitions() -> None:
     sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), [0], 4, "cpu")
     assert int(sampler(logits)) == 0  # the prompt does not count here
     assert sampler._penalised(logits[0]).tolist() == [1.25, -1.0, 2.0, 0.5]
+
+
+def test_a_device_may_choose_in_its_own_way_by_seeded_settings() -> None:
+    asked: list[Sampling] = []
+    shown: list[list[list[float]]] = []
+
+    def choose(settings: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+        def largest(logits: torch.Tensor) -> torch.Tensor:
+            shown.append(logits.tolist())
+            return logits.argmax(-1)
+
+        asked.append(settings)
+        return largest
+
+    sampler = Sampler(Sampling(repeat_penalty=2.0, presence_penalty=0.5), [1], 3, "cpu", choose=choose)
+    tokens = [int(sampler(torch.tensor([[3.0, 4.0, 1.0]]))) for _ in range(3)]
+    assert asked == [sampler.settings] and sampler.settings.seed is not None
+    assert tokens == [0, 1, 1]
+    assert shown == [[[3.0, 2.0, 1.0]], [[1.0, 2.0, 1.0]], [[1.0, 1.5, 1.0]]]
+
+
+def test_settings_that_a_device_has_no_way_for_are_chosen_by_as_ever() -> None:
+    def some(**hook: Any) -> list[int]:
+        sampler = Sampler(Sampling(seed=3), [], 50, "cpu", **hook)
+        return [int(sampler(torch.zeros(1, 50))) for _ in range(20)]
+
+    assert some(choose=lambda settings: None) == some()
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,29 @@ class Decoder:
         self.inv_freq = inv_freq.to(device)
         self.device = device
 
-    def forward(self, ids: Tensor, cache: KVCache, *, last_only: bool = False) -> Tensor:
-        """Run S tokens, appending S positions to the cache. ``last_only``: logits of the last token alone, [1, V]."""
-        start = cache.length
-        positions = torch.arange(start, start + ids.shape[0], device=self.device)
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        positions: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Tensor:
+        """Run S tokens, appending S positions to the cache. ``last_only``: logits of the last token alone, [1, V].
+
+        ``positions`` [S] and ``limit`` are a recorded step's, as `Step` has them; the cache's length gives them else.
+        """
+        start, tokens = cache.length, ids.shape[0]
+        if positions is None:
+            positions = torch.arange(start, start + tokens, device=self.device)
         angles = positions[:, None].float() * self.inv_freq  # [S, D/2]
-        step = Step(start, positions, angles.cos(), angles.sin())
+        step = Step(start, positions, angles.cos(), angles.sin(), positions[-1:] + 1, limit or start + tokens)
         x = self.embed(ids)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             x = layer.feed(layer.attend(x, stored, step))
-        cache.length = start + ids.shape[0]
-        return self.head(x[-1:] if last_only else x)
+        cache.length = start + tokens
+        return self.head(x[-1:] if last_only and tokens > 1 else x)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

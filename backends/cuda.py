@@ -1,0 +1,172 @@
+"""NVIDIA GPUs: each block of a model is a few launches of Triton kernels that read the quantized weights and cache in
+place, the whole step one CUDA graph. It binds kernels to weights; what a launch does is theirs."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qrun.backends.base import (
+    Attend,
+    AttentionSpec,
+    AttentionWeights,
+    Backend,
+    Feed,
+    FfnWeights,
+    Linear,
+    MoESpec,
+    MoEWeights,
+)
+from qrun.backends.cuda_blocks import AttentionBlock, FfnBlock, Head
+from qrun.backends.cuda_device import Card
+from qrun.backends.cuda_matrix import gather_rows, pack, pack_stack
+from qrun.backends.cuda_moe import MoEBlock, with_shared
+from qrun.backends.cuda_product import Link, Product, Rows
+from qrun.backends.cuda_space import Space
+from qrun.backends.cuda_tuning import Tuner
+from qrun.backends.graphs import GraphStep
+from qrun.cache import KVCache
+from qrun.formats import QTensor
+from qrun.kernels import reference
+from qrun.kernels.gpu_gemv import MOST
+from qrun.kernels.gpu_packed import Packed
+from qrun.kernels.gpu_sample import DeviceChoice, handles
+
+
+class CUDABackend(Backend):
+    """Float32 between blocks, products in BF16 with float32 sums; weights and cache in their formats."""
+
+    name = "cuda"
+    chunk = 2048
+    runs_ahead = True
+
+    def __init__(self, card: Card, *, progress: Callable[[str], None] | None = None) -> None:
+        super().__init__(card.device, torch.float32, progress)
+        self.card = card
+        self.space = Space(self.device, card.half)
+        self.tuner = Tuner(card, self.progress)
+        self._link = Link(self.space)
+        self._table: tuple[QTensor, Packed] | None = None
+
+    @property
+    def description(self) -> str:
+        return self.card.description
+
+    def _product(
+        self, weight: Packed | None, scheme: object, bias: Tensor | None, activations: str, op: str
+    ) -> Product | None:
+        if weight is None:
+            return None
+        made = Product(weight, bias, activations, self.space, self.tuner.config, native=self.card.has_fp8)
+        self.note(op, scheme, made.kernel)
+        self.tuner.register(weight)
+        return made
+
+    def _bound(
+        self, weight: QTensor, bias: Tensor | None, activations: str, op: str, *, paired: bool = False
+    ) -> Product | None:
+        """The weight on kernels, or none where its format has none."""
+        return self._product(
+            pack(weight, self.card.half, paired=paired), weight.format, bias, activations, op
+        )
+
+    def _next(self) -> tuple[Link, Link]:
+        """What the block before has left, and what this one will leave."""
+        before, self._link = self._link, Link(self.space)
+        return before, self._link
+
+    def linear(
+        self, weight: QTensor, bias: Tensor | None = None, *, activations: str = "16", op: str = "linear"
+    ) -> Linear:
+        product = self._bound(weight, bias, activations, op)
+        if product is None:
+            return super().linear(weight, bias, activations=activations, op=op)
+
+        def call(x: Tensor) -> Tensor:
+            if x.shape[0] > MOST:
+                return product.many(Rows(x)).float()
+            return product.few(product.operand(x), torch.empty(x.shape[0], product.weight.n, device=x.device))
+
+        return call
+
+    def embedding(self, table: QTensor) -> Callable[[Tensor], Tensor]:
+        packed = pack(table, self.card.half)
+        if packed is None or packed.kind == "fp8":
+            return super().embedding(table)
+        self._table = (table, packed)  # a tied head is the same weight
+        return lambda ids: gather_rows(packed, ids)
+
+    def attention_block(self, spec: AttentionSpec, weights: AttentionWeights) -> Attend:
+        qkv = self._bound(weights.qkv, weights.qkv_bias, spec.activations, "qkv")
+        o = self._bound(weights.o, weights.o_bias, spec.activations, "o")
+        if qkv is None or o is None or spec.head_dim > 256:
+            return super().attention_block(spec, weights)
+        self.note("attention", "any", "triton, quantized cache in place")
+        before, after = self._next()
+        return AttentionBlock(
+            spec, weights, (qkv, o), self.space, before=before, after=after, processors=self.card.processors
+        )
+
+    def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
+        gate_up = self._bound(weights.gate_up, weights.gate_up_bias, activations, "gate_up", paired=True)
+        down = self._bound(weights.down, weights.down_bias, activations, "down")
+        if gate_up is None or down is None:
+            return super().ffn_block(eps, weights, activations=activations)
+        before, after = self._next()
+        return FfnBlock(eps, weights.norm, (gate_up, down), self.space, before=before, after=after)
+
+    def moe_block(self, eps: float, spec: MoESpec, weights: MoEWeights, *, activations: str = "16") -> Feed:
+        half = self.card.half
+        stacks = with_shared(weights)
+        experts = weights.gate_up.shape[0]
+        first, second = stacks or (
+            [weights.gate_up[e] for e in range(experts)],
+            [weights.down[e] for e in range(experts)],
+        )
+        gate_up = self._product(
+            pack_stack(first, half, paired=True), weights.gate_up.format, None, "16", "experts gate_up"
+        )
+        down = self._product(pack_stack(second, half), weights.down.format, None, "16", "experts down")
+        if gate_up is None or down is None:
+            return super().moe_block(eps, spec, weights, activations=activations)
+        beside: Feed | None = None
+        if stacks is None and weights.shared_gate_up is not None and weights.shared_down is not None:
+            widen = self.linear(
+                weights.shared_gate_up, weights.shared_gate_up_bias, activations=activations, op="shared gate_up"
+            )
+            narrow = self.linear(
+                weights.shared_down, weights.shared_down_bias, activations=activations, op="shared down"
+            )
+            beside = lambda h: narrow(reference.silu_mul(widen(h)))  # noqa: E731
+        before, after = self._next()
+        return MoEBlock(
+            eps, spec, weights, (gate_up, down), self.space, folded=len(first) - experts, beside=beside,
+            before=before, after=after,
+        )  # fmt: skip
+
+    def head(
+        self, norm: Tensor, eps: float, weight: QTensor, bias: Tensor | None, *, activations: str = "16"
+    ) -> Linear:
+        table, self._table = self._table, None
+        packed = table[1] if table is not None and table[0] is weight else pack(weight, self.card.half)
+        product = self._product(packed, weight.format, bias, activations, "lm_head")
+        if product is None:
+            return super().head(norm, eps, weight, bias, activations=activations)
+        return Head(eps, norm, product, before=self._next()[0])
+
+    def chooser(
+        self, vocab: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+    ) -> Callable[[Tensor], Tensor] | None:
+        if not handles(temperature, top_k):
+            return None
+        return DeviceChoice(
+            vocab, self.device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+        )
+
+    def prepare(self) -> None:
+        self.tuner.tune()
+
+    def capture(self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache) -> Callable[[Tensor], Tensor]:
+        if not self.card.captures:
+            return super().capture(step, cache)
+        return GraphStep(step, cache, self.device)
