@@ -17,8 +17,21 @@ def pick(
     """The backend for a device name. Raises BackendError, saying what is missing, where there is none."""
     if device not in DEVICES:
         raise BackendError(f"unknown device {device!r}: use one of {', '.join(DEVICES)}")
-    if device in ("cuda", "xpu"):
-        raise BackendError(f"device {device!r} has no backend in this release yet: use --device cpu")
+    if device == "xpu":
+        raise BackendError("device 'xpu' has no backend in this release yet: use --device cpu")
+    if device == "cuda" or (device == "auto" and _has_cuda()):
+        from qrun.backends.cuda_device import find_card
+
+        try:
+            card = find_card()
+        except BackendError as error:
+            if device == "cuda":
+                raise
+            say(f"not on the GPU: {error}")
+        else:
+            from qrun.backends.cuda import CUDABackend
+
+            return CUDABackend(card, progress=progress)
     from qrun.backends.cpu import CPUBackend
 
     return CPUBackend(threads=threads, progress=progress)

@@ -86,6 +86,8 @@ class Product:
     @property
     def kernel(self) -> str:
         """What runs it, for the run card."""
+        if self.weight.experts:
+            return f"triton {self.weight.kind}×16 by index, many tokens sorted"
         many = {"half": "cuBLAS" if self.weight.kind == "plain" else "expand + cuBLAS"}.get(self._wide)
         return f"triton {self.weight.kind}×16, many tokens {many or f'{self._wide}×{self._wide}'}"
 

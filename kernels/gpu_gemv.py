@@ -83,13 +83,13 @@ def columns_for(tokens: int) -> int:
 
 def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> Config:
     """A shape that compiles without spilling anywhere; pieces of K so that each processor has about four programs."""
-    wide = w.pairs == 128 or (w.kind == "codebook" and columns == 8 and w.rows % 256 == 0)
+    # Twice the rows share what looking codes up costs; with scales of 16 they would need too many registers.
+    wide = w.pairs == 128 or (w.kind == "codebook" and w.plane == 32 and columns == 8 and w.rows % 256 == 0)
     rows = 256 if wide else 128
-    warps = 8 if columns >= 32 else 4
     programs = w.rows // rows * slots
     tiles = w.width // w.tile
     split = max(1, min(tiles // 2, 4 * processors // programs, 16))
-    return Config(rows=rows, warps=warps, stages=3 if columns <= 16 else 2, split=split)
+    return Config(rows=rows, warps=4 if columns == 8 else 8, stages=4 if w.kind == "int2" else 3, split=split)
 
 
 def scratch_size(w: Packed, columns: int, blocks: int, pieces: int) -> int:
@@ -172,3 +172,91 @@ def _constants(w: Packed, half: torch.dtype, asm: bool) -> tuple[dict[str, Any],
         "KIND": w.kind, "GROUP": w.group, "SCALE": scale, "ZERO": w.zero is not None, "PLANE": w.plane, "TILE": tile,
         "PTX": ptx, "ASM": asm,
     }, codes  # fmt: skip
+
+
+# kind, scale's type, group, zeros, plane, most instructions a weight on sm_90
+_KINDS = {
+    "int4 g64": ("int4", "*bf16", 64, True, 32, 2.8),
+    "int4 g128": ("int4", "*bf16", 128, False, 32, 2.8),
+    "int4 g32": ("int4", "*bf16", 32, True, 32, None),
+    "int4 channel": ("int4", "*fp32", 0, False, 32, 2.8),
+    "int8 channel": ("int8", "*fp32", 0, False, 32, 3.5),
+    "int8 g64": ("int8", "*bf16", 64, True, 32, None),
+    "int2 g32": ("int2", "*bf16", 32, True, 32, None),
+    "nf4": ("codebook", "*bf16", 64, False, 32, 4.2),
+    "mxfp4": ("codebook", "*u8", 32, False, 32, None),
+    "nvfp4": ("codebook", "*u8", 16, False, 16, None),
+    "fp8": ("fp8", "*fp32", 128, False, 32, None),
+    "bf16": ("plain", "*fp32", 0, False, 32, None),
+}
+
+_POINTERS = {
+    "sums": "*fp32", "zero": "*u8", "table": "*fp32", "scale2": "*fp32", "bias": "*fp32", "ssq": "*fp32",
+    "residual": "*fp32", "out": "*fp32", "norm": "*fp32", "emit_sums": "*fp32", "emit_ssq": "*fp32",
+    "partial": "*fp32", "counter": "*i32", "chosen": "*i32", "gates": "*fp32", "order": "*i32", "eps": "fp32",
+}  # fmt: skip
+_INTEGERS = (
+    "x_stride", "sums_stride", "parts", "out_stride", "emit_stride", "emit_sums_stride", "M", "N", "NP", "TILES",
+    "GROUPS", "WIDTH", "SPLIT",
+)  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """Every kind for one token; every epilogue, routing and width for 4 bits in groups of 64."""
+    made = [_variant(name, name, limit=kind[-1]) for name, kind in _KINDS.items()]
+    made.append(_variant("int4 g64 fp16", "int4 g64", half="fp16", limit=2.5))
+    for name in ("int4 g64", "fp8"):
+        made.append(_variant(f"{name} silu", name, EPILOGUE="silu"))
+    made += [
+        _variant("int4 g64 residual", "int4 g64", EPILOGUE="residual", NORMED=False, EMIT=True),
+        _variant("int4 g64 experts silu", "int4 g64", EPILOGUE="silu", SLOTS=8, SHARE=True, PIECES=False),
+        _variant(
+            "int4 g64 experts down", "int4 g64", EPILOGUE="residual", NORMED=False, EMIT=True, SLOTS=8, COMBINE=True
+        ),
+    ]
+    for columns in (16, 32, 64):
+        for name in ("int4 g64", "int8 channel", "fp8", "nf4", "bf16"):
+            made.append(_variant(f"{name} {columns} columns", name, COLS=columns, ONE=False))
+    made.append(
+        _variant(
+            "int4 g64 experts sorted", "int4 g64", EPILOGUE="silu", SLOTS=8, SHARE=True, GROUPED=True, COLS=64,
+            ONE=False, PIECES=False, NORMED=False,
+        )
+    )  # fmt: skip
+    return made
+
+
+def _variant(name: str, kind: str, *, half: str = "bf16", limit: float | None = None, **changes: Any) -> Variant:
+    form, scale, group, zero, plane, _ = _KINDS[kind]
+    values = tuple(math.tanh((i - 7.3) / 8) for i in range(16))
+    dtype = torch.bfloat16 if half == "bf16" else torch.float16
+    one = changes.get("ONE", True)
+    silu = changes.get("EPILOGUE") == "silu"
+    w = Packed(
+        kind=form, n=256, k=128, codes=torch.empty(256, 128, dtype=torch.int8), group=group, plane=plane,
+        scale=torch.empty(1, dtype=torch.uint8 if scale == "*u8" else torch.float32),
+        zero=torch.empty(1) if zero else None, values=values, pairs=(128 if form == "fp8" else 64) if silu else 0,
+    )  # fmt: skip
+    known, _ = _constants(w, dtype, True)
+    config = default_config(w, changes.get("COLS", 8), 1)
+    codes = {"plain": f"*{half}", "int8": "*i8"}.get(form, "*i32")
+    sixteen = f"*{half}"
+    return Variant(
+        name=f"gemv {name}",
+        kernel=gemv_kernel,
+        types=_POINTERS
+        | {"x": sixteen, "emit": sixteen, "w": codes, "scale": scale}
+        | ({"out": sixteen} if silu else {})
+        | {name: "i32" for name in _INTEGERS if name != "M" or not one},
+        constants={
+            **known, "EPILOGUE": "store", "NORMED": True, "SLOTS": 0, "SHARE": False, "COMBINE": False,
+            "GROUPED": False, "ONE": True, "BIASED": False, "SCALED2": plane == 16, "EMIT": False, "PIECES": True,
+            "ROWS": config.rows, "COLS": 8, "PARTS": 64, "STAGES": config.stages,
+            "CHUNK": w.pairs, **({"M": 1} if one else {}), **changes,
+        },
+        warps=config.warps,
+        stages=config.stages,
+        multiples=("x_stride", "sums_stride", "NP", "out_stride", "emit_stride"),
+        weights=config.rows * known["TILE"],
+        limit=limit,
+    )  # fmt: skip

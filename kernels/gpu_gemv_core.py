@@ -270,6 +270,8 @@ def gemv_kernel(
         s_rows = x_rows
         used = there
         off = tl.zeros((ROWS, COLS), tl.float32)
+    if GROUPED:
+        last = tl.where(tl.load(order + column * COLS) < 0, first, last)  # a block without columns has nothing to do
     acc = tl.zeros((ROWS, COLS), tl.float32)
     if KIND == "int2" or KIND == "int4" or KIND == "codebook":
         STEP: tl.constexpr = PLANE // 2

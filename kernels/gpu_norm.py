@@ -218,7 +218,7 @@ def variants() -> list[Variant]:
                 absent = {"weight_ptr", "scale_ptr", "sums_ptr", "ssq_ptr"} - pointers.keys()
                 made.append(
                     Variant(
-                        name=f"{'silu' if silu else 'norm'} {form} {width}",
+                        name=f"{'silu' if pairs else 'norm'} {form} {width}",
                         kernel=operand_rows,
                         types={**pointers, "stride": "i32", "eps": "fp32"},
                         constants={

@@ -2,10 +2,10 @@
 
     python -m tools.kernel_report [--arch 80,89,90,120] [--only SUBSTRING ...] [--json FILE] [--jobs N]
 
-Compiles every `Variant` that a kernels/gpu_*.py lists and reads the machine code. `insn/w` is how many instructions the
+Compiles every `Variant` that a kernels/gpu_*.py lists and reads the machine code. `insn` is how many instructions the
 main loop spends on a weight: what a GPU can issue is counted in these as much as in bytes. Ends with code 1, a line for
-each, if a kernel is not listed or does not compile, spills registers or takes more instructions a weight on sm_90 than its limit; with 2
-for an unknown architecture or if nothing matches.
+each, if kernels are not listed or do not compile, spill registers or take more instructions a weight on sm_90 than
+their limit; with 2 for an unknown architecture or if nothing matches.
 """
 
 import argparse
