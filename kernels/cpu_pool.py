@@ -253,7 +253,8 @@ def _worker(memory, wake, thread, programs):
         seen = _serve(state, thread, seen)
         wake.clear()
         atomic_count(state + _ASLEEP, 1)
-        wake.wait()
+        if memory[_STOP // 8] == 0:  # or the end came before the clearing, which took its call away
+            wake.wait()
         atomic_count(state + _ASLEEP, -1)
 
 
