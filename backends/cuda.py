@@ -66,9 +66,7 @@ class CUDABackend(Backend):
         self, weight: QTensor, bias: Tensor | None, activations: str, op: str, *, paired: bool = False
     ) -> Product | None:
         """The weight on kernels, or none where its format has none."""
-        return self._product(
-            pack(weight, self.card.half, paired=paired), weight.format, bias, activations, op
-        )
+        return self._product(pack(weight, self.card.half, paired=paired), weight.format, bias, activations, op)
 
     def _next(self) -> tuple[Link, Link]:
         """What the block before has left, and what this one will leave."""
@@ -166,7 +164,9 @@ class CUDABackend(Backend):
     def prepare(self) -> None:
         self.tuner.tune()
 
-    def capture(self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache) -> Callable[[Tensor], Tensor]:
+    def capture(
+        self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache
+    ) -> Callable[[Tensor], Tensor]:
         if not self.card.captures:
             return super().capture(step, cache)
         return GraphStep(step, cache, self.device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qrun.backends.base import AttentionSpec, AttentionWeights, Step
 from qrun.backends.cuda_product import Link, Product, Rows
-from qrun.backends.cuda_space import Space, padded
+from qrun.backends.cuda_space import Space
 from qrun.cache import KVStore, LayerCache
 from qrun.kernels import gpu_norm
 from qrun.kernels.gpu_append import append

@@ -53,7 +53,9 @@ def find_card() -> Card:
         torch.zeros(1, device="cuda")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise BackendError(f"the NVIDIA GPU cannot be used now ({reason}): see nvidia-smi, or use --device cpu") from error
+        raise BackendError(
+            f"the NVIDIA GPU cannot be used now ({reason}): see nvidia-smi, or use --device cpu"
+        ) from error
     if (found.major, found.minor) < LEAST:
         raise BackendError(
             f"{found.name} is sm_{found.major}{found.minor}; qrun's kernels need sm_80 or later (Ampere, 2020): "

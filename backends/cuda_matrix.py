@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, MxFp4Format, NvFp4Format, PlainFormat, QTensor
 from qrun.formats.packing import unpack
-from qrun.kernels.reference_gemm import expand
 from qrun.kernels.gpu_packed import BITS, ROW_ALIGN, Kind, Packed, pack_planes
+from qrun.kernels.reference_gemm import expand
 
 WHOLE = ("table", "scale2")
 """Tensors that serve all rows of a weight."""

@@ -1,4 +1,4 @@
-"""Mixture-of-experts blocks on a GPU: one token by its experts' indices in three launches, more of them sorted by expert.
+"""Mixture-of-experts blocks on a GPU: one token by its experts' indices in three launches, more sorted by expert.
 
 Shared experts are experts that every token uses: they stand behind the others in the stacks, with gates of one.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qrun.backends.base import Feed, MoESpec, MoEWeights
-from qrun.backends.cuda_product import Link, Product, Rows
+from qrun.backends.cuda_product import Link, Product
 from qrun.backends.cuda_space import Space
 from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, QTensor
 from qrun.kernels import gpu_norm, reference
@@ -55,9 +55,7 @@ class MoEBlock:
         if self._beside is not None:
             x = x + self._beside(reference.rms_norm(x, self._norm, self._eps))
         routed = replace(routed, shared_rows=False, gates=gates[0])
-        return self._down.few(
-            inner, out, epilogue="residual", residual=x, link=self._after, routed=routed, tokens=1
-        )
+        return self._down.few(inner, out, epilogue="residual", residual=x, link=self._after, routed=routed, tokens=1)
 
     def _many(self, x: Tensor) -> Tensor:
         spec, tokens, slots = self._spec, x.shape[0], self._slots

@@ -136,7 +136,7 @@ class Product:
 
     def operand(self, x: Tensor) -> Operand:
         """x [M, K], at most `MOST` tokens, for `few`."""
-        made = self.space.operand("plain", *x.shape)
+        made = self.space.operand("plain", x.shape[0], x.shape[1])
         gpu_norm.prepare(x, None, xw=made.x, sums=made.sums)
         return made
 

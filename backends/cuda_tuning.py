@@ -49,7 +49,7 @@ class Tuner:
             self._seen.setdefault(key_of(weight), []).append(weight)
 
     def tune(self) -> None:
-        """Measure what was registered and keep the results. Says so before each, for a kernel takes seconds to compile."""
+        """Measure what was registered and keep the results; says so before each, for a kernel takes seconds."""
         seen, self._seen = self._seen, {}
         for i, (key, weights) in enumerate(seen.items()):
             self._progress(f"measuring kernels on this GPU, once: {i + 1} of {len(seen)}, {key}")

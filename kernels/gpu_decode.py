@@ -3,7 +3,8 @@
 Integers become floats by a mask and an or: the bits of a code below those of a power of two (1024 in fp16, 128 in
 BF16) are that number plus the code. The power, and the zero point, are taken off after the dot, from the sum of x.
 """
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 from functools import cache
 
@@ -11,19 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-
 MASK_OR = tl.constexpr("{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xea; mov.b32 {$0, $1}, t; }")
 
 
 @triton.jit
-def fields(
-    w, BITS: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr
-):
-    """int32 words [N, I] -> [N, 2I] of HALF: base + (field DOWN + UP of each half-word) · 2^(BITS·UP), low half first."""
-    BASE: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
+def fields(w, BITS: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
+    """int32 words [N, I] -> [N, 2I] of HALF: base + 2^(BITS·UP) · field DOWN + UP, low half-words first."""
+    BASE: tl.constexpr = 0x43004300 if tl.bfloat16 == HALF else 0x64006400
     MASK: tl.constexpr = ((1 << BITS) - 1) << (BITS * UP)
     ws = w >> (BITS * DOWN) if DOWN > 0 else w
-    if ASM and HALF == tl.bfloat16:
+    if ASM and tl.bfloat16 == HALF:
         low, high = tl.inline_asm_elementwise(
             MASK_OR, "=h,=h,r,n,n", [ws, MASK * 0x10001, BASE], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
         )
@@ -49,7 +47,7 @@ def looked_up(w, table, PAIR: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexp
     """int32 words [N, I] -> two planes [N, 2I] of HALF: the codebook's values of bytes 2·PAIR and 2·PAIR + 1."""
     if PTX != "":
         # All eight codes of the word at once: what the other call makes again, the compiler merges.
-        if HALF == tl.bfloat16:
+        if tl.bfloat16 == HALF:
             a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
                 PTX, "=h,=h,=h,=h,=h,=h,=h,=h,r", [w], is_pure=True, pack=1, dtype=(
                     tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,

@@ -1,8 +1,7 @@
-"""The launch of `gpu_gemv_core`: which program shape serves which weight, and what a product takes and leaves behind."""
-# pyright: basic
+"""The launch of `gpu_gemv_core`: which program shape serves which weight, what a product takes and leaves behind."""
+# pyright: basic, reportCallIssue=false, reportOptionalMemberAccess=false
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 

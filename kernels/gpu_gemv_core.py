@@ -1,10 +1,11 @@
 """A few tokens through a quantized weight: y = W x, the codes read once and multiplied as they arrive.
 
 W is the dot's left operand, so that one token costs eight columns and not sixteen rows of padding; zero points and the
-offsets of the decoded codes come off after each dot by Σx. A row block's pieces of K, or a token's experts, are programs
-of their own, and the last to finish adds them up, in order. How x was made and what y means is the caller's affair.
+offsets of the decoded codes come off after each dot by Σx. Pieces of K, or a token's experts, are programs of their
+own, and the last to finish adds them up, in order. How x was made and what y means is the caller's affair.
 """
-# pyright: basic
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -53,20 +54,20 @@ def sums_over(sums, s_rows, sums_stride, there, g, COUNT: tl.constexpr, BITS: tl
 
 
 @triton.jit
-def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, table, rows, NP,
-                 KIND: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, table, rows,
+                 NP, KIND: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
                  PLANE: tl.constexpr, PTX: tl.constexpr, ASM: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
     """The tile t of 2- or 4-bit codes, in words [ROWS, PLANE/2], times x: added to acc [ROWS, COLS].
 
     What offsets and zero points have added to acc is added to off [ROWS, 1 or COLS].
     """
     HALF: tl.constexpr = x.dtype.element_ty
-    BASE: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
+    BASE: tl.constexpr = 128.0 if tl.bfloat16 == HALF else 1024.0
     BITS: tl.constexpr = 2 if KIND == "int2" else 4
     PLANES: tl.constexpr = 16 // BITS
     TILE: tl.constexpr = PLANES * PLANE
     # Fields that stand above each other in a mantissa; further ones are shifted down first.
-    RUN: tl.constexpr = 3 if BITS == 2 else (1 if HALF == tl.bfloat16 else 2)
+    RUN: tl.constexpr = 3 if BITS == 2 else (1 if tl.bfloat16 == HALF else 2)
     EVEN: tl.constexpr = GROUP == 0 or GROUP % TILE == 0 or TILE % GROUP == 0
     if not EVEN:
         PER: tl.constexpr = 1
@@ -155,7 +156,8 @@ def bytes_times(acc, off, t, codes, x, x_rows, x_stride, sums, s_rows, sums_stri
 @triton.jit
 def finish(acc, block, rows, x_rows, used, y_rows, there, bias, ssq, parts, eps, residual, out, out_stride, norm, emit,
            emit_stride, emit_sums, emit_sums_stride, emit_ssq, M, N, WIDTH, HALF: tl.constexpr, EPILOGUE: tl.constexpr,
-           NORMED: tl.constexpr, BIASED: tl.constexpr, EMIT: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+           NORMED: tl.constexpr, BIASED: tl.constexpr, EMIT: tl.constexpr, PARTS: tl.constexpr,
+           CHUNK: tl.constexpr):  # fmt: skip
     """What becomes of the finished products acc [ROWS, COLS]."""
     ROWS: tl.constexpr = acc.shape[0]
     COLS: tl.constexpr = acc.shape[1]
@@ -207,14 +209,15 @@ def gemv_kernel(
     chosen, gates, order, M, N, NP, TILES, GROUPS, WIDTH, SPLIT,
     KIND: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, PLANE: tl.constexpr,
     TILE: tl.constexpr, EPILOGUE: tl.constexpr, NORMED: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
-    COMBINE: tl.constexpr, GROUPED: tl.constexpr, ONE: tl.constexpr, BIASED: tl.constexpr, SCALED2: tl.constexpr, EMIT: tl.constexpr,
-    PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, PTX: tl.constexpr, ASM: tl.constexpr,
+    COMBINE: tl.constexpr, GROUPED: tl.constexpr, ONE: tl.constexpr, BIASED: tl.constexpr, SCALED2: tl.constexpr,
+    EMIT: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] Wᵀ, a program for ROWS rows of W, COLS of the tokens and one of the pieces of K.
 
-    EPILOGUE: store y; silu: of each CHUNK rows and the next, silu(y) * y' in the type of x, with its sums; residual: residual + y, and with
-    EMIT that times ``norm`` in the type of x, with its sums and its squares' sums, for the next product.
+    EPILOGUE: store y; silu: of each CHUNK rows and the next, silu(y) * y' in the type of x, with its sums; residual:
+    residual + y, and with EMIT that times ``norm`` in the type of x, with its sums and its squares' sums, for the next
+    product.
     NORMED: x was not yet divided by its root mean square; Σx² comes in ``parts`` pieces.
     SLOTS > 0: column b is slot b % SLOTS of token b // SLOTS, whose expert is chosen[b]; x has a row per token
     (SHARE) or per slot. COMBINE: a token's slots are the pieces, each weighted by its gate. GROUPED: the columns of
@@ -311,7 +314,7 @@ def gemv_kernel(
         mine = tl.atomic_add(lane, 1, sem="acq_rel") == pieces - 1
         if mine:
             acc = tl.zeros((ROWS, COLS), tl.float32)
-            for s in range(0, pieces):
+            for s in range(pieces):
                 acc += tl.load(place + s * NP * COLS, cache_modifier=".cg")
             tl.store(lane, 0)
     if mine:

@@ -22,7 +22,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def _values(x_ptr, start, H: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
-    """Columns start … of a row, or, of each PAIRS columns and the next, silu of the one times the other; 0 from H on."""
+    """Columns start … of a row, or, of PAIRS columns and the next in turn, silu of the one times the other."""
     k = start + tl.arange(0, BLOCK)
     if PAIRS > 0:
         at = k // PAIRS * (2 * PAIRS) + k % PAIRS

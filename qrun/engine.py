@@ -20,6 +20,7 @@ from qrun.repetition import LoopGuard
 from qrun.runcard import RunCard
 from qrun.sampler import Sampler, Sampling
 
+
 @dataclass
 class Stats:
     """One reply in numbers; seconds are wall clock. ``seed`` repeats it."""

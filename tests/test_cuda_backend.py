@@ -66,9 +66,7 @@ def test_linear(cuda: CUDABackend, plain: Backend, name: str, activations: str) 
 
 
 @pytest.mark.parametrize(("k", "v"), [("bf16", "bf16"), ("int8", "int4"), ("int4", "int8"), ("fp8", "fp8")])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "window"), [(4, 2, 64, None), (5, 1, 128, 40), (2, 2, 24, None)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, None), (5, 1, 128, 40), (2, 2, 24, None)])
 def test_attention_block(
     cuda: CUDABackend, plain: Backend, k: str, v: str, heads: int, kv_heads: int, dim: int, window: int | None
 ) -> None:
@@ -143,6 +141,7 @@ def test_moe_block(cuda: CUDABackend, plain: Backend, name: str, shared: str) ->
 
 def test_blocks_in_a_row_hand_their_operands_on(cuda: CUDABackend, plain: Backend, monkeypatch: Any) -> None:
     """The second block finds x already normed: nothing is prepared for it."""
+
     def block(backend: Backend) -> Any:
         torch.manual_seed(1)
         return [

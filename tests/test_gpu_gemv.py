@@ -1,5 +1,7 @@
 """The GPU's kernel for a few tokens against plain matrix products of the dequantized weight, in every format."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ pytest.importorskip("triton")
 
 from qrun.backends.cuda_matrix import pack, pack_stack, pad_bias, row_order
 from qrun.formats import QTensor, format_of
+from qrun.kernels import reference_gemv
 from qrun.kernels.gpu_gemv import Config, Emit, Operand, Routed, Scratch, columns_for, gemv, scratch_size
 from qrun.kernels.gpu_packed import BITS, Kind, Packed, pack_planes, unpack_planes
 from qrun.recipe import WeightScheme
@@ -73,10 +76,15 @@ def scratch(w: Packed, columns: int = 64, blocks: int = 16, pieces: int = 8) -> 
     )
 
 
-def run(w: Packed, x: Operand, out: Tensor, **settings: object) -> Tensor:
+def run(w: Packed, x: Operand, out: Tensor, **settings: Any) -> Tensor:
+    """The kernel's product, which its plain torch twin must agree with."""
     space = scratch(w)
-    gemv(w, x, out, **({"scratch": space, "config": CONFIG} | settings))  # type: ignore[arg-type]
+    twin = torch.full_like(out, torch.nan)
+    reference_gemv.gemv(w, x, twin, **{k: v for k, v in settings.items() if k not in ("emit", "out_sums")})
+    gemv(w, x, out, **({"scratch": space, "config": CONFIG} | settings))
     assert not space.counter.any(), "the counters must be left at zero"
+    width = w.n // 2 if settings.get("epilogue") == "silu" else w.n
+    assert difference(out[:, :width], twin[:, :width]) < (1e-2 if x.x.dtype == torch.bfloat16 else 2e-3)
     return out
 
 
