@@ -14,20 +14,25 @@ DEVICES = ("auto", "cpu", "cuda", "xpu")
 def pick(
     device: str = "auto", *, threads: int | None = None, progress: Callable[[str], None] | None = None
 ) -> "Backend":
-    """The backend for a device name. Raises BackendError, saying what is missing, where there is none."""
+    """The backend for a device name; ``auto`` is the GPU where one can be used, else the CPU.
+
+    ``progress`` is told, in a line, why a GPU that is there is not used. Raises BackendError, saying what is missing,
+    where a device that was asked for by name cannot be used.
+    """
     if device not in DEVICES:
         raise BackendError(f"unknown device {device!r}: use one of {', '.join(DEVICES)}")
     if device == "xpu":
         raise BackendError("device 'xpu' has no backend in this release yet: use --device cpu")
-    if device == "cuda" or (device == "auto" and _has_cuda()):
-        from qrun.backends.cuda_device import find_card
+    if device != "cpu":
+        from qrun.backends.cuda_device import find_card, is_there
 
         try:
             card = find_card()
         except BackendError as error:
             if device == "cuda":
                 raise
-            say(f"not on the GPU: {error}")
+            if progress is not None and is_there():
+                progress(f"on the CPU, for the GPU cannot be used: {error}")
         else:
             from qrun.backends.cuda import CUDABackend
 
@@ -35,3 +40,13 @@ def pick(
     from qrun.backends.cpu import CPUBackend
 
     return CPUBackend(threads=threads, progress=progress)
+
+
+def describe_gpu() -> str:
+    """The GPU that `pick` uses, in a line; where it uses none, why."""
+    from qrun.backends.cuda_device import summary
+
+    try:
+        return summary()
+    except BackendError as error:
+        return f"none used: {error}"

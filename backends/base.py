@@ -252,6 +252,14 @@ class Backend:
     def prepare(self) -> None:
         """Called once after everything is bound: compile or warm up what the first token would otherwise wait for."""
 
+    def fetch(self, token: Tensor) -> Callable[[], int]:
+        """What gives a token's value [1] when called, waiting for no more than what makes it."""
+        return lambda: int(token)
+
+    def warm_up(self, rehearse: Callable[[], None]) -> None:
+        """Called with what runs a model from end to end, for a device that compiles kernels when they first run."""
+        del rehearse
+
     def capture(
         self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache
     ) -> Callable[[Tensor], Tensor]:

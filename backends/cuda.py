@@ -19,14 +19,14 @@ from qrun.backends.base import (
 )
 from qrun.backends.cuda_blocks import AttentionBlock, FfnBlock, Head
 from qrun.backends.cuda_device import Card
-from qrun.backends.cuda_matrix import gather_rows, pack, pack_stack
+from qrun.backends.cuda_matrix import gather_rows, pack, pack_stack, packs
 from qrun.backends.cuda_moe import MoEBlock, with_shared
 from qrun.backends.cuda_product import Link, Product, Rows
 from qrun.backends.cuda_space import Space
 from qrun.backends.cuda_tuning import Tuner
 from qrun.backends.graphs import GraphStep
 from qrun.cache import KVCache
-from qrun.formats import QTensor
+from qrun.formats import Fp8BlockFormat, QTensor
 from qrun.kernels import reference
 from qrun.kernels.gpu_gemv import MOST
 from qrun.kernels.gpu_packed import Packed
@@ -47,16 +47,18 @@ class CUDABackend(Backend):
         self.tuner = Tuner(card, self.progress)
         self._link = Link(self.space)
         self._table: tuple[QTensor, Packed] | None = None
+        self._recordable = card.captures
+        if card.captures:
+            self._fetched = torch.zeros(1, dtype=torch.long, pin_memory=True)
+            self._arrived = torch.cuda.Event()
 
     @property
     def description(self) -> str:
         return self.card.description
 
     def _product(
-        self, weight: Packed | None, scheme: object, bias: Tensor | None, activations: str, op: str
-    ) -> Product | None:
-        if weight is None:
-            return None
+        self, weight: Packed, scheme: object, op: str, *, bias: Tensor | None = None, activations: str = "16"
+    ) -> Product:
         made = Product(weight, bias, activations, self.space, self.tuner.config, native=self.card.has_fp8)
         self.note(op, scheme, made.kernel)
         self.tuner.register(weight)
@@ -64,9 +66,15 @@ class CUDABackend(Backend):
 
     def _bound(
         self, weight: QTensor, bias: Tensor | None, activations: str, op: str, *, paired: bool = False
-    ) -> Product | None:
-        """The weight on kernels, or none where its format has none."""
-        return self._product(pack(weight, self.card.half, paired=paired), weight.format, bias, activations, op)
+    ) -> Product:
+        """The weight on kernels, which its format has."""
+        packed = pack(weight, self.card.half, paired=paired)
+        return self._product(packed, weight.format, op, bias=bias, activations=activations)
+
+    def _fall_back(self, op: str) -> None:
+        """A block that runs in plain torch: slower, and not the same launches at every position."""
+        self.note(op, "any", "torch", fallback=True)
+        self._recordable = False
 
     def _next(self) -> tuple[Link, Link]:
         """What the block before has left, and what this one will leave."""
@@ -76,9 +84,9 @@ class CUDABackend(Backend):
     def linear(
         self, weight: QTensor, bias: Tensor | None = None, *, activations: str = "16", op: str = "linear"
     ) -> Linear:
-        product = self._bound(weight, bias, activations, op)
-        if product is None:
+        if not packs(weight):
             return super().linear(weight, bias, activations=activations, op=op)
+        product = self._bound(weight, bias, activations, op)
 
         def call(x: Tensor) -> Tensor:
             if x.shape[0] > MOST:
@@ -88,17 +96,18 @@ class CUDABackend(Backend):
         return call
 
     def embedding(self, table: QTensor) -> Callable[[Tensor], Tensor]:
-        packed = pack(table, self.card.half)
-        if packed is None or packed.kind == "fp8":
+        if not packs(table) or isinstance(table.format, Fp8BlockFormat):
             return super().embedding(table)
+        packed = pack(table, self.card.half)
         self._table = (table, packed)  # a tied head is the same weight
         return lambda ids: gather_rows(packed, ids)
 
     def attention_block(self, spec: AttentionSpec, weights: AttentionWeights) -> Attend:
+        if spec.head_dim > 256 or not packs(weights.qkv) or not packs(weights.o):
+            self._fall_back("attention")
+            return super().attention_block(spec, weights)
         qkv = self._bound(weights.qkv, weights.qkv_bias, spec.activations, "qkv")
         o = self._bound(weights.o, weights.o_bias, spec.activations, "o")
-        if qkv is None or o is None or spec.head_dim > 256:
-            return super().attention_block(spec, weights)
         self.note("attention", "any", "triton, quantized cache in place")
         before, after = self._next()
         return AttentionBlock(
@@ -106,10 +115,11 @@ class CUDABackend(Backend):
         )
 
     def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
+        if not packs(weights.gate_up, paired=True) or not packs(weights.down):
+            self._fall_back("ffn")
+            return super().ffn_block(eps, weights, activations=activations)
         gate_up = self._bound(weights.gate_up, weights.gate_up_bias, activations, "gate_up", paired=True)
         down = self._bound(weights.down, weights.down_bias, activations, "down")
-        if gate_up is None or down is None:
-            return super().ffn_block(eps, weights, activations=activations)
         before, after = self._next()
         return FfnBlock(eps, weights.norm, (gate_up, down), self.space, before=before, after=after)
 
@@ -121,12 +131,11 @@ class CUDABackend(Backend):
             [weights.gate_up[e] for e in range(experts)],
             [weights.down[e] for e in range(experts)],
         )
-        gate_up = self._product(
-            pack_stack(first, half, paired=True), weights.gate_up.format, None, "16", "experts gate_up"
-        )
-        down = self._product(pack_stack(second, half), weights.down.format, None, "16", "experts down")
-        if gate_up is None or down is None:
+        if not packs(first[0], paired=True) or not packs(second[0]):
+            self._fall_back("experts")
             return super().moe_block(eps, spec, weights, activations=activations)
+        gate_up = self._product(pack_stack(first, half, paired=True), weights.gate_up.format, "experts gate_up")
+        down = self._product(pack_stack(second, half), weights.down.format, "experts down")
         beside: Feed | None = None
         if stacks is None and weights.shared_gate_up is not None and weights.shared_down is not None:
             widen = self.linear(
@@ -146,10 +155,10 @@ class CUDABackend(Backend):
         self, norm: Tensor, eps: float, weight: QTensor, bias: Tensor | None, *, activations: str = "16"
     ) -> Linear:
         table, self._table = self._table, None
-        packed = table[1] if table is not None and table[0] is weight else pack(weight, self.card.half)
-        product = self._product(packed, weight.format, bias, activations, "lm_head")
-        if product is None:
+        if not packs(weight):
             return super().head(norm, eps, weight, bias, activations=activations)
+        packed = table[1] if table is not None and table[0] is weight else pack(weight, self.card.half)
+        product = self._product(packed, weight.format, "lm_head", bias=bias, activations=activations)
         return Head(eps, norm, product, before=self._next()[0])
 
     def chooser(
@@ -164,9 +173,27 @@ class CUDABackend(Backend):
     def prepare(self) -> None:
         self.tuner.tune()
 
+    def fetch(self, token: Tensor) -> Callable[[], int]:
+        if not self.card.captures:
+            return super().fetch(token)
+        # Copied behind what makes it and before what is launched next, which is not waited for.
+        self._fetched.copy_(token, non_blocking=True)
+        self._arrived.record()
+
+        def value() -> int:
+            self._arrived.synchronize()
+            return int(self._fetched)
+
+        return value
+
+    def warm_up(self, rehearse: Callable[[], None]) -> None:
+        if self.card.captures:
+            self.progress("compiling kernels for this GPU: seconds, or a minute the first time")
+            rehearse()
+
     def capture(
         self, step: Callable[[Tensor, Tensor | None, int], Tensor], cache: KVCache
     ) -> Callable[[Tensor], Tensor]:
-        if not self.card.captures:
+        if not self._recordable:
             return super().capture(step, cache)
         return GraphStep(step, cache, self.device)

@@ -34,62 +34,59 @@ class AttentionBlock:
         self._norm = weights.norm.float().contiguous()
         self._head_norms = [None if w is None else w.float().contiguous() for w in (weights.q_norm, weights.k_norm)]
         self._processors = processors
-        self._cache: LayerCache | None = None
-        self._sides = (Side("", self._norm), Side("", self._norm))
         before.norm = self._norm
 
     def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        if cache is not self._cache:
-            self._cache, self._sides = cache, (side(cache.k), side(cache.v))
+        sides = side(cache.k), side(cache.v)
         tokens, spec = x.shape[0], self._spec
         if tokens > MOST:
             mixed = self._qkv.many(Rows(x, self._norm, spec.eps)).float()
             attended = torch.empty(tokens, spec.heads * spec.head_dim, dtype=self._space.half, device=x.device)
-            self._attend_many(mixed, step, attended)
+            self._attend_many(mixed, step, sides, attended)
             return self._o.many(Rows(attended), x)
         mixed = self._space.floats("mixed", tokens, self._qkv.weight.n)
         self._qkv.few(self._before.operand(x, self._norm), mixed, eps=spec.eps)
         attended = self._space.operand("attended", tokens, spec.heads * spec.head_dim)
         if tokens == 1:
-            self._attend_one(mixed, step, attended)
+            self._attend_one(mixed, step, sides, attended)
         else:
-            self._attend_many(mixed, step, attended.x)
+            self._attend_many(mixed, step, sides, attended.x)
         if tokens > 1 or spec.head_dim % 32:
             gpu_norm.prepare(attended.x, None, xw=attended.x, sums=attended.sums)
         out = self._space.floats("after attention", tokens, x.shape[1])
         return self._o.few(attended, out, epilogue="residual", residual=x, link=self._after)
 
-    def _append(self, mixed: Tensor, step: Step) -> Tensor:
+    def _append(self, mixed: Tensor, step: Step, sides: tuple[Side, Side]) -> Tensor:
         """Keys and values into the cache; q [M, heads, padded D], ready for attention."""
         spec = self._spec
         q = self._space.queries(mixed.shape[0], spec.heads, padded_head(spec.head_dim))
         q_norm, k_norm = self._head_norms
         append(
             mixed, heads=spec.heads, kv_heads=spec.kv_heads, dim=spec.head_dim, positions=step.positions, cos=step.cos,
-            sin=step.sin, q_norm=q_norm, k_norm=k_norm, eps=spec.eps, k=self._sides[0], v=self._sides[1], q_out=q,
+            sin=step.sin, q_norm=q_norm, k_norm=k_norm, eps=spec.eps, k=sides[0], v=sides[1], q_out=q,
         )  # fmt: skip
         return q
 
-    def _attend_one(self, mixed: Tensor, step: Step, out: Operand) -> None:
+    def _attend_one(self, mixed: Tensor, step: Step, sides: tuple[Side, Side], out: Operand) -> None:
         spec = self._spec
-        q = self._append(mixed, step)
+        q = self._append(mixed, step, sides)
         splits = split_count(self._processors, spec.kv_heads, min(step.limit, spec.window or step.limit))
         shape = partial_shape(spec.heads, spec.kv_heads, spec.head_dim, splits)
         decode_attention(
-            q[0], k=self._sides[0], v=self._sides[1], dim=spec.head_dim, length=step.length, window=spec.window or 0,
+            q[0], k=sides[0], v=sides[1], dim=spec.head_dim, length=step.length, window=spec.window or 0,
             splits=splits, partial=self._space.partials(shape), counter=self._space.integers("kv heads", spec.kv_heads),
             out=out.x, sums=out.sums if spec.head_dim % 32 == 0 else None,
         )  # fmt: skip
 
-    def _attend_many(self, mixed: Tensor, step: Step, out: Tensor) -> None:
+    def _attend_many(self, mixed: Tensor, step: Step, sides: tuple[Side, Side], out: Tensor) -> None:
         spec = self._spec
-        q = self._append(mixed, step)
+        q = self._append(mixed, step, sides)
         stop = step.start + mixed.shape[0]
         first = 0 if spec.window is None else max(0, step.start - spec.window + 1)
         shape = (spec.kv_heads, stop - first, padded_head(spec.head_dim))
         keys, values = torch.empty(2, *shape, dtype=self._space.half, device=mixed.device)
         # Keys stay rotated, for q is too.
-        for part, into, rotate in ((self._sides[0], keys, False), (self._sides[1], values, True)):
+        for part, into, rotate in ((sides[0], keys, False), (sides[1], values, True)):
             expand_kv(part, dim=spec.head_dim, start=first, stop=stop, rotate=rotate, out=into)
         flash(
             q, keys, values, dim=spec.head_dim, start=step.start, first=first, window=spec.window or 0, out=out,

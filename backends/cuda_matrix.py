@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, MxFp4Format, NvFp4Format, PlainFormat, QTensor
 from qrun.formats.packing import unpack
+from qrun.kernels.gpu_expand import expand
 from qrun.kernels.gpu_packed import BITS, ROW_ALIGN, Kind, Packed, pack_planes
-from qrun.kernels.reference_gemm import expand
 
 WHOLE = ("table", "scale2")
 """Tensors that serve all rows of a weight."""
@@ -17,11 +17,22 @@ PAIR = 64
 """Rows of a gate that stand together before as many of its up; 128 for fp8, whose blocks are that high."""
 
 
-def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed | None:
-    """The weight [N, K] for the kernels; none where they have no kind for its format.
+def packs(weight: QTensor, *, paired: bool = False) -> bool:
+    """Whether the kernels have a kind for the weight's format and shape."""
+    form = weight.format
+    if isinstance(form, Fp8BlockFormat):
+        # A gate that ends inside a block of scales has no rows of its own to pair.
+        return not paired or (weight.shape[-2] // 2) % ROW_ALIGN == 0
+    return form.group % 32 == 0 if isinstance(form, AffineFormat) else isinstance(form, PlainFormat | CodebookFormat)
+
+
+def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed:
+    """The weight [N, K], which `packs`, for the kernels.
 
     paired: the first half of the rows are gates and the others their ups. 16-bit floats are kept in ``half``.
     """
+    if not packs(weight, paired=paired):
+        raise ValueError(f"the GPU kernels have no kind for {weight.format} of shape {weight.shape}")
     form = weight.format
     n, k = weight.shape
     pair = (128 if isinstance(form, Fp8BlockFormat) else PAIR) if paired else 0
@@ -29,29 +40,25 @@ def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed 
         codes = _reorder(weight.codes.to(half), pair)
         return Packed(kind="plain", n=n, k=k, codes=_padded(codes, ROW_ALIGN, 128), pairs=pair)
     if isinstance(form, Fp8BlockFormat):
-        # A gate that ends inside a block of scales has no rows of its own to pair.
-        return None if pair and (n // 2) % ROW_ALIGN else _fp8(weight, pair)
+        return _fp8(weight, pair)
     if isinstance(form, AffineFormat):
-        return _affine(weight, form, pair) if form.group % 32 == 0 else None
-    if isinstance(form, CodebookFormat):
-        return _codebook(weight, form, pair)
-    return None
+        return _affine(weight, form, pair)
+    assert isinstance(form, CodebookFormat)
+    return _codebook(weight, form, pair)
 
 
-def pack_stack(weights: Sequence[QTensor], half: torch.dtype, *, paired: bool = False) -> Packed | None:
+def pack_stack(weights: Sequence[QTensor], half: torch.dtype, *, paired: bool = False) -> Packed:
     """Weights of one shape and format as a stack, made one at a time."""
     stacks: dict[str, Tensor] = {}
-    packed: Packed | None = None
+    packed = pack(weights[0], half, paired=paired)
     for e, weight in enumerate(weights):
-        packed = pack(weight, half, paired=paired)
-        if packed is None:
-            return None
+        packed = packed if e == 0 else pack(weight, half, paired=paired)
         for name, tensor in packed.tensors().items():
             if name == "table":
                 stacks[name] = tensor
             else:
                 stacks.setdefault(name, tensor.new_empty(len(weights), *tensor.shape))[e] = tensor
-    return None if packed is None else packed.holding(stacks)
+    return packed.holding(stacks)
 
 
 def row_order(rows: int, pair: int, device: torch.device) -> Tensor:

@@ -107,7 +107,7 @@ class Product:
         """As `gpu_gemv.gemv`, with the scratch and the program shape seen to; returns out."""
         w = self.weight
         rows = x.x.shape[0] if tokens is None else tokens
-        slots, blocks, columns = 1, 1, columns_for(rows)
+        slots, blocks, columns = 1, 1, columns_for(w, rows)
         if routed is not None:
             blocks = routed.chosen.shape[0]
             slots = blocks
@@ -174,8 +174,9 @@ class Product:
             for a in range(0, count, scratch.shape[0]):
                 part = scratch[: min(scratch.shape[0], count - a)]
                 expand(w, part, start=a)
-                b = a + part.shape[0]
-                y[:, a:b] = F.linear(x, part, None if bias is None else bias[a:b])
+                torch.mm(x, part.t(), out=y[:, a : a + part.shape[0]])
+            if bias is not None:
+                y += bias
         return y if residual is None else residual + y
 
 

@@ -72,11 +72,13 @@ class Tuner:
             gemv(first, operand, out, scratch=scratch, config=config)
         except Exception:  # a shape this card has no room for
             return float("inf")
-        flush = torch.empty(0 if len(weights) * first.nbytes > 2e8 else 1 << 28, dtype=torch.int8, device=x.device)
+        # It empties the cache, and keeps the device busy until all that is timed is queued, so that no launch is timed.
+        flush = torch.empty(1 << 28, dtype=torch.int8, device=x.device)
         times: list[float] = []
         for turn in range(20):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            for _ in range(4):
+                flush.zero_()
             begin.record()
             gemv(weights[turn % len(weights)], operand, out, scratch=scratch, config=config)
             end.record()

@@ -201,11 +201,12 @@ def columns(group: int) -> int:
 
 
 def split_count(processors: int, kv_heads: int, longest: int) -> int:
-    """Splits for caches of at most ``longest`` positions: two programs a processor, none with less than 128 positions.
+    """Splits for caches of at most ``longest`` positions: two programs a processor, hardly any with less than 128.
 
-    The programs wait for memory and for each other's turns, so one would not keep a processor busy.
+    The programs wait for memory and for each other's turns, so one would not keep a processor busy. Every number is a
+    kernel to compile, so those that lengths ask for are powers of two.
     """
-    return max(1, min(-(-2 * processors // kv_heads), -(-longest // 128), 64))
+    return max(1, min(-(-2 * processors // kv_heads), 1 << (-(-longest // 128) - 1).bit_length(), 64))
 
 
 def partial_shape(heads: int, kv_heads: int, dim: int, splits: int) -> tuple[int, int, int, int]:

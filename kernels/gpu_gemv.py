@@ -75,9 +75,9 @@ class Scratch:
     counter: Tensor
 
 
-def columns_for(tokens: int) -> int:
-    """Columns of a program for so many tokens: 8, 16, 32 or 64."""
-    return min(MOST, max(8, 1 << (tokens - 1).bit_length()))
+def columns_for(w: Packed, tokens: int) -> int:
+    """Columns of a program for so many tokens: 8, 16, 32 or 64, which eight planes have no registers for."""
+    return min(32 if w.kind == "int2" else MOST, max(8, 1 << (tokens - 1).bit_length()))
 
 
 def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> Config:
@@ -87,8 +87,9 @@ def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> 
     rows = 256 if wide else 128
     programs = w.rows // rows * slots
     tiles = w.width // w.tile
-    split = max(1, min(tiles // 2, 4 * processors // programs, 16))
-    return Config(rows=rows, warps=4 if columns == 8 else 8, stages=4 if w.kind == "int2" else 3, split=split)
+    split = max(1, min(tiles // 4, 4 * processors // programs, 16))
+    stages = 2 if w.kind == "codebook" or (w.kind == "int2" and columns > 8) else 3
+    return Config(rows=rows, warps=4 if columns == 8 else 8, stages=stages, split=split)
 
 
 def scratch_size(w: Packed, columns: int, blocks: int, pieces: int) -> int:
@@ -127,7 +128,7 @@ def gemv(
     elif slots:
         columns, blocks = 8, routed.chosen.shape[0]
     else:
-        columns = columns_for(m)
+        columns = columns_for(w, m)
         blocks = triton.cdiv(m, columns)
     one = not grouped and (slots > 0 or m == 1)
     pieces = slots if combine else config.split
@@ -146,7 +147,7 @@ def gemv(
         none if emit is None else emit.ssq, scratch.partial, scratch.counter,
         none if routed is None else routed.chosen, none if not combine else routed.gates,
         none if not grouped else routed.order, m, w.n, w.rows, w.width // constants["TILE"],
-        1 if w.scale is None else w.scale.shape[-1 if w.kind == "fp8" else -2], x.width, config.split,
+        1 if w.scale is None else w.scale.shape[-1 if w.kind == "fp8" else -2], x.width, 1 if combine else config.split,
         **constants, EPILOGUE=epilogue, NORMED=x.ssq is not None, SLOTS=slots,
         SHARE=routed is not None and routed.shared_rows, COMBINE=combine, GROUPED=grouped, ONE=one,
         BIASED=bias is not None, SCALED2=w.scale2 is not None, EMIT=emit is not None, PIECES=pieces > 1,
@@ -203,7 +204,7 @@ _INTEGERS = (
 def variants() -> list[Variant]:
     """Every kind for one token; every epilogue, routing and width for 4 bits in groups of 64."""
     made = [_variant(name, name, limit=kind[-1]) for name, kind in _KINDS.items()]
-    made.append(_variant("int4 g64 fp16", "int4 g64", half="fp16", limit=2.5))
+    made.append(_variant("int4 g64 fp16", "int4 g64", half="fp16", limit=2.5, STAGES=2))
     for name in ("int4 g64", "fp8"):
         made.append(_variant(f"{name} silu", name, EPILOGUE="silu"))
     made += [
@@ -214,7 +215,9 @@ def variants() -> list[Variant]:
         ),
     ]
     for columns in (16, 32, 64):
-        for name in ("int4 g64", "int8 channel", "fp8", "nf4", "bf16"):
+        for name in ("int4 g64", "int8 channel", "int2 g32", "fp8", "nf4", "mxfp4", "nvfp4", "bf16"):
+            if name == "int2 g32" and columns > 32:
+                continue
             made.append(_variant(f"{name} {columns} columns", name, COLS=columns, ONE=False))
     made.append(
         _variant(

@@ -10,147 +10,7 @@ own, and the last to finish adds them up, in order. How x was made and what y me
 import triton
 import triton.language as tl
 
-from qrun.kernels.gpu_bits import e4m3_decode
-from qrun.kernels.gpu_decode import e4m3_words, fields, looked_up
-
-
-@triton.jit
-def as_scales(s, SCALE: tl.constexpr):
-    """Stored scales as float32."""
-    if SCALE == "e8m0":
-        wide = (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    elif SCALE == "e4m3":
-        wide = e4m3_decode(s)
-    else:
-        wide = s.to(tl.float32)
-    return wide
-
-
-@triton.jit
-def values_of(x, x_rows, x_stride, there, k, SIZE: tl.constexpr, ONE: tl.constexpr):
-    """x [SIZE, COLS] of the columns' rows at k …"""
-    at = x + x_rows[None, :] * x_stride + k + tl.arange(0, SIZE)[:, None]
-    if ONE:
-        values = tl.load(at)
-    else:
-        values = tl.load(at, mask=there[None, :], other=0.0)
-    return values
-
-
-@triton.jit
-def sums_over(sums, s_rows, sums_stride, there, g, COUNT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr,
-              RUN: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
-    """Σx over COUNT runs of 32 from the g-th, and the same with each divided as its plane stands in the words."""
-    whole = tl.zeros_like(s_rows).to(tl.float32)
-    shifted = whole
-    for i in tl.static_range(COUNT):
-        if ONE:
-            one = tl.load(sums + s_rows * sums_stride + g + i)
-        else:
-            one = tl.load(sums + s_rows * sums_stride + g + i, mask=there, other=0.0)
-        whole += one
-        shifted += one * (1.0 / (1 << (BITS * ((FIRST + i) % RUN))))
-    return whole, shifted
-
-
-@triton.jit
-def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, table, rows,
-                 NP, KIND: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-                 PLANE: tl.constexpr, PTX: tl.constexpr, ASM: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
-    """The tile t of 2- or 4-bit codes, in words [ROWS, PLANE/2], times x: added to acc [ROWS, COLS].
-
-    What offsets and zero points have added to acc is added to off [ROWS, 1 or COLS].
-    """
-    HALF: tl.constexpr = x.dtype.element_ty
-    BASE: tl.constexpr = 128.0 if tl.bfloat16 == HALF else 1024.0
-    BITS: tl.constexpr = 2 if KIND == "int2" else 4
-    PLANES: tl.constexpr = 16 // BITS
-    TILE: tl.constexpr = PLANES * PLANE
-    # Fields that stand above each other in a mantissa; further ones are shifted down first.
-    RUN: tl.constexpr = 3 if BITS == 2 else (1 if tl.bfloat16 == HALF else 2)
-    EVEN: tl.constexpr = GROUP == 0 or GROUP % TILE == 0 or TILE % GROUP == 0
-    if not EVEN:
-        PER: tl.constexpr = 1
-    else:
-        PER: tl.constexpr = PLANES if GROUP == 0 or GROUP > TILE else GROUP // PLANE
-    SPANS: tl.constexpr = PLANES // PER  # parts of the tile with a scale each
-    ahead = None
-    for j in tl.static_range(SPANS):
-        part = tl.zeros_like(acc) if GROUP > 0 else acc
-        for i in tl.static_range(PER):
-            xp = values_of(x, x_rows, x_stride, there, t * TILE + (j * PER + i) * PLANE, PLANE, ONE)
-            if KIND == "codebook":
-                if (j * PER + i) % 2 == 0:
-                    a, ahead = looked_up(words, table, (j * PER + i) // 2, HALF, PTX)
-                else:
-                    a = ahead
-            else:
-                a = fields(words, BITS, (j * PER + i) // RUN * RUN, (j * PER + i) % RUN, HALF, ASM)
-                xp = lowered(xp, BITS * ((j * PER + i) % RUN))
-            part = tl.dot(a, xp, part)
-        group = (t * TILE + j * (PER * PLANE)) // GROUP if GROUP > 0 else 0
-        if GROUP > 0:
-            s = as_scales(tl.load(scale + group * NP + rows), SCALE)
-            acc += part * s[:, None]
-        else:
-            s = tl.full(rows.shape, 1.0, tl.float32)
-            acc = part
-        if KIND != "codebook":
-            whole, shifted = sums_over(
-                sums, s_rows, sums_stride, there, t * PLANES + j * PER, PER, BITS, j * PER, RUN, ONE
-            )
-            if ZERO:
-                z = tl.load(zero + group * NP + rows).to(tl.float32)
-            else:
-                z = tl.full(rows.shape, 1 << (BITS - 1), tl.float32)
-            off += corrected(s, z, whole, shifted * BASE, ONE)
-    return acc, off
-
-
-@triton.jit
-def corrected(s, z, whole, shifted, ONE: tl.constexpr):
-    """s · (shifted + z · whole): [ROWS] for one token, else [ROWS, COLS]."""
-    if ONE:
-        extra = s * (shifted + z * whole)
-    else:
-        extra = s[:, None] * (shifted[None, :] + z[:, None] * whole[None, :])
-    return extra
-
-
-@triton.jit
-def lowered(x, BY: tl.constexpr):
-    """x / 2^BY."""
-    if BY > 0:
-        x = (x.to(tl.float32) * (1.0 / (1 << BY))).to(x.dtype)
-    return x
-
-
-@triton.jit
-def bytes_times(acc, off, t, codes, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, rows, NP,
-                GROUPS,
-                KIND: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-                TILE: tl.constexpr, PTX: tl.constexpr, ONE: tl.constexpr):  # fmt: skip
-    """The same for a tile t of 8- or 16-bit codes: [ROWS, TILE], or words of four [ROWS, TILE/4]."""
-    HALF: tl.constexpr = x.dtype.element_ty
-    xp = values_of(x, x_rows, x_stride, there, t * TILE, TILE, ONE)
-    if PTX != "":
-        a = e4m3_words(codes, PTX)
-    elif KIND == "fp8":
-        a = e4m3_decode(codes).to(HALF)
-    else:
-        a = codes.to(HALF)
-    if KIND == "fp8":
-        acc += tl.dot(a, xp) * tl.load(scale + rows // 128 * GROUPS + t)[:, None]
-    elif GROUP == 0:
-        acc = tl.dot(a, xp, acc)
-    else:
-        at = t * TILE // GROUP * NP + rows
-        s = as_scales(tl.load(scale + at), SCALE)
-        acc += tl.dot(a, xp) * s[:, None]
-        if ZERO:
-            whole, _ = sums_over(sums, s_rows, sums_stride, there, t * (TILE // 32), TILE // 32, 0, 0, 1, ONE)
-            off += corrected(s, tl.load(zero + at).to(tl.float32) - 128.0, whole, 0.0 * whole, ONE)
-    return acc, off
+from qrun.kernels.gpu_tile import bytes_times, planes_times, spans, spans_at
 
 
 @triton.jit
@@ -276,23 +136,43 @@ def gemv_kernel(
     if GROUPED:
         last = tl.where(tl.load(order + column * COLS) < 0, first, last)  # a block without columns has nothing to do
     acc = tl.zeros((ROWS, COLS), tl.float32)
+    # Scales are too narrow for the compiler's pipeline: loaded where they are used, each would be waited for. With many
+    # columns there are no registers for them, and a tile takes longer than the wait.
+    AHEAD: tl.constexpr = COLS == 8 and GROUP > 0 and KIND != "fp8"
+    SPANS: tl.constexpr = spans(KIND, GROUP, PLANE, TILE)
+    next_scales = (0,)
+    next_zeros = (0,)
+    if AHEAD:
+        next_scales, next_zeros = spans_at(
+            scale, zero, tl.minimum(first, TILES - 1), rows, NP, GROUP, ZERO, TILE, SPANS
+        )
     if KIND == "int2" or KIND == "int4" or KIND == "codebook":
         STEP: tl.constexpr = PLANE // 2
         codes = w + expert * NP * (TILES * STEP) + rows[:, None] * (TILES * STEP) + tl.arange(0, STEP)[None, :]
         for t in tl.range(first, last, num_stages=STAGES):
+            scales, zeros = next_scales, next_zeros
+            if AHEAD:
+                next_scales, next_zeros = spans_at(
+                    scale, zero, tl.minimum(t + 1, last - 1), rows, NP, GROUP, ZERO, TILE, SPANS
+                )
             held = tl.load(codes + t * STEP, eviction_policy="evict_first")
             acc, off = planes_times(
-                acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, table, rows, NP,
-                KIND, GROUP, SCALE, ZERO, PLANE, PTX, ASM, ONE,
+                acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scales, zeros, scale, zero,
+                rows, NP, table, KIND, GROUP, SCALE, ZERO, PLANE, PTX, ASM, ONE, AHEAD,
             )  # fmt: skip
     else:
         WIDE: tl.constexpr = TILE // 4 if PTX != "" else TILE
         codes = w + expert * NP * (TILES * WIDE) + rows[:, None] * (TILES * WIDE) + tl.arange(0, WIDE)[None, :]
         for t in tl.range(first, last, num_stages=STAGES):
+            scales, zeros = next_scales, next_zeros
+            if AHEAD:
+                next_scales, next_zeros = spans_at(
+                    scale, zero, tl.minimum(t + 1, last - 1), rows, NP, GROUP, ZERO, TILE, SPANS
+                )
             held = tl.load(codes + t * WIDE, eviction_policy="evict_first")
             acc, off = bytes_times(
-                acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scale, zero, rows, NP,
-                GROUPS, KIND, GROUP, SCALE, ZERO, TILE, PTX, ONE,
+                acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scales, zeros, scale, zero,
+                rows, NP, GROUPS, KIND, GROUP, SCALE, ZERO, TILE, PTX, ONE, AHEAD,
             )  # fmt: skip
     if ONE:
         acc -= off[:, None]
@@ -308,14 +188,24 @@ def gemv_kernel(
     if PIECES:
         # The last of the pieces to arrive adds them all, in their order, so the sum is the same every time.
         lane = counter + column * tl.cdiv(NP, ROWS) + block
-        place = partial + (column * pieces * NP + rows[:, None]) * COLS + c[None, :]
-        tl.store(place + piece * NP * COLS, acc)
+        if ONE:  # whose columns are all the same
+            place = partial + column * pieces * NP + rows
+            tl.store(place + piece * NP, tl.sum(tl.where(c[None, :] == 0, acc, 0.0), 1))
+        else:
+            place = partial + (column * pieces * NP + rows[:, None]) * COLS + c[None, :]
+            tl.store(place + piece * NP * COLS, acc)
         tl.debug_barrier()
         mine = tl.atomic_add(lane, 1, sem="acq_rel") == pieces - 1
         if mine:
-            acc = tl.zeros((ROWS, COLS), tl.float32)
-            for s in range(pieces):
-                acc += tl.load(place + s * NP * COLS, cache_modifier=".cg")
+            if ONE:
+                total = tl.zeros((ROWS,), tl.float32)
+                for s in range(pieces):
+                    total += tl.load(place + s * NP, cache_modifier=".cg")
+                acc = tl.broadcast_to(total[:, None], (ROWS, COLS))
+            else:
+                acc = tl.zeros((ROWS, COLS), tl.float32)
+                for s in range(pieces):
+                    acc += tl.load(place + s * NP * COLS, cache_modifier=".cg")
             tl.store(lane, 0)
     if mine:
         if BIASED:

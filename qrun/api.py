@@ -43,14 +43,49 @@ def load(
 
     Raises a QrunError: ModelNotFoundError, RecipeError, DoesNotFitError, CheckpointError, BackendError or StrictError.
     """
-    begun = time.perf_counter()
     recipe = quant if isinstance(quant, Recipe) else Recipe.parse(quant)
     recipe = recipe if kv is None else recipe.with_kv(kv)
-    report: Progress = progress or (lambda what, done, total: None)
-    backend = pick(device, threads=threads, progress=lambda what: report(what, 0, 0))
-    free = memory.available(backend.device.type)
+    try:
+        return _load(
+            model, recipe, device=device, context=context, strict=strict, offline=offline, cache=cache, threads=threads,
+            report=progress or (lambda what, done, total: None),
+        )  # fmt: skip
+    except (MemoryError, RuntimeError) as error:
+        used_up = resident.ran_out(error)
+        if used_up is None:
+            raise
+        resident.let_go(error)  # nothing half-loaded stays, so that a smaller attempt may follow
+    raise DoesNotFitError(
+        f"{used_up} ran out while loading {model or hub.EMBEDDED} at {recipe.name}: close other programs that use it, "
+        "or use a smaller recipe or --ctx-size"
+    )
+
+
+def _load(
+    model: str | Path | None, recipe: Recipe, *, device: str, context: int | None, strict: bool, offline: bool,
+    cache: bool, threads: int | None, report: Progress,
+) -> Engine:  # fmt: skip
+    begun = time.perf_counter()
+    said: list[str] = []
+
+    def say(what: str) -> None:
+        said.append(what)
+        report(what, 0, 0)
+
+    backend = pick(device, threads=threads, progress=say)
+    why = list(said)  # a GPU is not used; progress is soon gone, so the card keeps it
+    place = backend.device.type
+    if place != "cpu":
+        resident.reset_peak(place)
+    free = memory.available(place)
     found = hub.fetch(
-        model, recipe=recipe, context=context or memory.DEFAULT_CONTEXT, memory=free, offline=offline, progress=report
+        model,
+        recipe=recipe,
+        context=context or memory.DEFAULT_CONTEXT,
+        memory=free,
+        device=place,
+        offline=offline,
+        progress=report,
     )
     checkpoint = Checkpoint.open(found.path)
     config = describe(checkpoint.config)
@@ -58,27 +93,20 @@ def load(
         raise UsageError(f"context is {context}: this model takes 1 to {config.positions}")
     room = config.positions if context == -1 else context or min(memory.DEFAULT_CONTEXT, config.positions)
     tied = is_tied(config, checkpoint)
-    forecast = memory.check_fits(config, recipe, context=room, memory=free, name=found.label, tied=tied)
-    notes = [note for note in (found.note, *recipe.notes) if note]
+    forecast = memory.check_fits(config, recipe, context=room, memory=free, name=found.label, tied=tied, device=place)
+    notes = [note for note in (found.note, *why, *recipe.notes) if note]
     quantizes = any(scheme.type not in ("bf16", "fp32") for scheme in recipe.schemes().values())
     store = WeightStore.default() if cache and quantizes else None
     stored = store.open(checkpoint, recipe) if store is not None else None
     keeping = store is not None and stored is None
     with store.writer(checkpoint, recipe, label=found.label) if store and keeping else nullcontext() as writer:
         loader = Loader(checkpoint, config, recipe, backend, stored=stored, writer=writer, progress=report)
-        try:
-            decoder = loader.load()
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-                raise
-            raise DoesNotFitError(
-                f"memory ran out while loading {found.label}: close other programs or use a smaller recipe"
-            ) from error
+        decoder = loader.load()
         if writer is not None:
             writer.commit()
     slow = [binding for binding in backend.bindings if binding.fallback]
     if strict and slow:
-        ops = ", ".join(sorted({f"{b.op} in {b.scheme}" for b in slow}))
+        ops = ", ".join(sorted({b.op if b.scheme == "any" else f"{b.op} in {b.scheme}" for b in slow}))
         raise StrictError(
             f"--strict: no kernel on {backend.name} for {ops}: choose another --quant or leave --strict out"
         )
@@ -99,13 +127,15 @@ def load(
         bindings=list(backend.bindings),
         weight_bytes=loader.loaded.weight_bytes,
         predicted_peak=forecast.peak_load,
-        measured_peak=resident.peak(),
+        measured_peak=resident.peak(place),
         load_seconds=time.perf_counter() - begun,
         quantize_seconds=loader.loaded.quantize_seconds,
         from_store=stored is not None,
         notes=[*notes, *(store.notes if store is not None else [])],
     )
-    return Engine(
+    engine = Engine(
         decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
         generation_defaults=checkpoint.generation_config, context=room,
     )  # fmt: skip
+    backend.warm_up(engine.rehearse)
+    return engine

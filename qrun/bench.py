@@ -4,6 +4,7 @@ The tests are llama-bench's: `pp512` reads 512 tokens, `tg128` makes 128 one by 
 are already in the cache. Token ids are random, sampling is greedy. It prints nothing.
 """
 
+import gc
 import re
 import statistics
 import time
@@ -15,10 +16,11 @@ from typing import Any, Final, Literal, Self
 import torch
 
 from qrun.api import load
-from qrun.bandwidth import read_bandwidth
+from qrun.bandwidth import GPU_SIZE, read_bandwidth
 from qrun.engine import Engine
 from qrun.errors import UsageError
 from qrun.loader import Progress
+from qrun.memory import available
 from qrun.recipe import Recipe
 from qrun.resident import peak, reset_peak
 from qrun.sampler import Sampling
@@ -69,7 +71,8 @@ class BenchRow:
     size: int
     parameters: int
     backend: str
-    threads: int
+    threads: int | None
+    """The CPU's; none where another device computes."""
     recipe: str
     kv: str
     test: str
@@ -81,10 +84,10 @@ class BenchRow:
     """Median seconds from the prompt to its first token; none for tg, whose prompt is one token."""
     load_seconds: float
     peak_memory: int
-    """Most resident bytes of this process while this recipe was loaded and run (where the system cannot count anew:
-    since the process began)."""
+    """Most bytes of the GPU, or resident ones of this process, while this recipe was loaded and run (where the system
+    cannot count anew: since the process began)."""
     bandwidth: float
-    """Measured bytes per second this machine reads; 0 where it was not measured."""
+    """Measured bytes per second that the device reads; 0 where it was not measured."""
     bandwidth_share: float | None
     """Bytes a token must read, times tokens per second, over ``bandwidth``; none for pp, which reads weights once."""
 
@@ -115,14 +118,15 @@ def run(
         raise UsageError("nothing to measure: give at least one recipe, one test and one repetition")
     say: Progress = progress or (lambda what, done, total: None)
     options.setdefault("context", max(test.context for test in tests))
-    bandwidth = 0.0
+    bandwidth: float | None = None
     recipes = [quant if isinstance(quant, Recipe) else Recipe.parse(quant) for quant in quants]
     for recipe in recipes:
         reset_peak()
         engine = load(model, quant=recipe, progress=progress, **options)
-        if not bandwidth and engine.backend.device.type == "cpu":
+        if bandwidth is None:
             say("measuring how fast this machine reads memory", 0, 0)
-            bandwidth = read_bandwidth()
+            bandwidth = _bandwidth(engine)
+            reset_peak(engine.backend.device.type)  # of loading the card knows
         for kv in kvs:
             engine.set_kv(f"k{recipe.k}v{recipe.v}" if kv is None else kv)
             for test in tests:
@@ -132,6 +136,18 @@ def run(
                     samples.append(measure(engine, test, turn=turn))
                 yield _row(engine, test, samples[1:], bandwidth)
         del engine
+        gc.collect()  # the next one needs its memory
+
+
+def _bandwidth(engine: Engine) -> float:
+    """Of the memory the engine computes in; 0 where it leaves no room to measure."""
+    device = engine.backend.device.type
+    if device == "cpu":
+        return read_bandwidth()
+    room = min(GPU_SIZE, available(device) // 4)
+    found = read_bandwidth(device=device, size=room) if room > GPU_SIZE // 8 else 0.0
+    torch.get_device_module(device).empty_cache()
+    return found
 
 
 def measure(engine: Engine, test: Test, *, turn: int = 0) -> Sample:
@@ -172,7 +188,7 @@ def bytes_per_token(engine: Engine, position: int = 0) -> float:
 
 
 def _row(engine: Engine, test: Test, samples: Sequence[Sample], bandwidth: float) -> BenchRow:
-    card = engine.card
+    card, device = engine.card, engine.backend.device.type
     speeds = tuple(test.tokens / sample.seconds for sample in samples)
     median = statistics.median(speeds)
     decoding = test.kind == "tg"
@@ -182,7 +198,7 @@ def _row(engine: Engine, test: Test, samples: Sequence[Sample], bandwidth: float
         size=card.weight_bytes,
         parameters=card.parameters,
         backend=card.backend,
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if device == "cpu" else None,
         recipe=card.recipe,
         kv=card.kv,
         test=str(test),
@@ -192,7 +208,7 @@ def _row(engine: Engine, test: Test, samples: Sequence[Sample], bandwidth: float
         samples=speeds,
         first_token_seconds=None if decoding else statistics.median(sample.first_token for sample in samples),
         load_seconds=card.load_seconds,
-        peak_memory=peak(),
+        peak_memory=max(card.measured_peak, peak(device)),
         bandwidth=bandwidth,
         bandwidth_share=median * read / bandwidth if decoding and bandwidth else None,
     )

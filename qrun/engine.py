@@ -11,12 +11,13 @@ from torch import Tensor
 
 from qrun.backends.base import Backend
 from qrun.cache import KVCache
-from qrun.errors import ContextOverflowError, UsageError
+from qrun.errors import ContextOverflowError, DoesNotFitError, UsageError
 from qrun.formats import kv_format
 from qrun.models.config import ModelConfig
 from qrun.models.decoder import Decoder
 from qrun.recipe import Recipe
 from qrun.repetition import LoopGuard
+from qrun.resident import let_go, ran_out
 from qrun.runcard import RunCard
 from qrun.sampler import Sampler, Sampling
 
@@ -61,12 +62,31 @@ class Engine:
             device=self.backend.device,
         )
         self.ids: list[int] = []
-        cache = self.cache
+        self._capture()
+
+    def _capture(self) -> None:
+        decoder, cache = self.decoder, self.cache  # no reference to self: who drops an engine frees its memory at once
         self._step = self.backend.capture(
-            lambda token, position, limit: self.decoder.forward(
+            lambda token, position, limit: decoder.forward(
                 token, cache, last_only=True, positions=position, limit=limit
             ),
             cache,
+        )
+
+    def out_of_memory(self, error: Exception) -> DoesNotFitError:
+        """What to raise for an error that came while running, the engine being fit for another, smaller attempt.
+
+        Raises the error again where it is not that memory ran out.
+        """
+        used_up = ran_out(error)
+        if used_up is None:
+            raise error
+        self._capture()  # without what was recorded, for it may be half of it
+        let_go(error)
+        self.cache.truncate(len(self.ids))
+        return DoesNotFitError(
+            f"{used_up} ran out in a context of {self.context} tokens, {len(self.ids)} of them read: use a smaller "
+            "--ctx-size, a smaller --kv such as int8, or a smaller --quant"
         )
 
     @property
@@ -79,8 +99,15 @@ class Engine:
 
         Raises RecipeError for a name that does not parse.
         """
-        self.recipe = self.recipe.with_kv(kv)
-        self._use(self.recipe)
+        before, self.recipe = self.recipe, self.recipe.with_kv(kv)
+        del self._step, self.cache  # there is room for one
+        try:
+            self._use(self.recipe)
+        except (MemoryError, RuntimeError) as error:
+            let_go(error)
+            self.recipe = before
+            self._use(before)
+            raise self.out_of_memory(error) from None
         self.card = replace(
             self.card, recipe=self.recipe.label, kv=self.recipe.kv, kv_bytes_per_token=self.cache.bytes_per_token
         )
@@ -88,6 +115,13 @@ class Engine:
     def reset(self) -> None:
         """Forget the conversation."""
         self._truncate(0)
+
+    def rehearse(self) -> None:
+        """Run what a first conversation runs, and forget it: long and short prompts, a step, both ways to choose."""
+        for tokens, temperature in ((self.backend.chunk, 0.0), (8, 0.8)):
+            prompt = [0] * max(1, min(tokens, self.context - 2))
+            list(self.generate(prompt, max_tokens=2, temperature=temperature, top_k=40, loop_guard=False))
+            self.reset()
 
     def _truncate(self, length: int) -> None:
         self.cache.truncate(length)
@@ -115,8 +149,10 @@ class Engine:
         self._check(ids)
         self.reset()
         chunk = self.backend.chunk
-        parts = [self._run(ids[a : a + chunk], last_only=False) for a in range(0, len(ids), chunk)]
-        return torch.cat(parts)
+        try:
+            return torch.cat([self._run(ids[a : a + chunk], last_only=False) for a in range(0, len(ids), chunk)])
+        except (MemoryError, RuntimeError) as error:
+            raise self.out_of_memory(error) from None
 
     def generate(
         self,
@@ -222,6 +258,8 @@ class Generation:
         except (KeyboardInterrupt, GeneratorExit):
             self.finish_reason = self.finish_reason or "cancelled"
             raise
+        except (MemoryError, RuntimeError) as error:
+            raise engine.out_of_memory(error) from None
         finally:
             engine.cache.truncate(len(engine.ids))
 
@@ -243,9 +281,10 @@ class Generation:
             # Where that does not wait, the next step is begun before the token is known; it may turn out not to count.
             last = self.max_tokens is not None and stats.new_tokens + 1 >= self.max_tokens
             ahead = engine.backend.runs_ahead and not last and len(engine.ids) < engine.context
+            value = engine.backend.fetch(token)
             if ahead:
                 logits = engine.step(token)
-            chosen = int(token)
+            chosen = value()
             stats.decode_seconds += time.perf_counter() - begun
             if chosen in self.stop_ids:
                 self.finish_reason = "stop"

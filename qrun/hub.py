@@ -74,14 +74,15 @@ def fetch(
     context: int = DEFAULT_CONTEXT,
     offline: bool = False,
     memory: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
     client: HubClient | None = None,
 ) -> Resolved:
     """The directory of the model that ``name`` stands for, downloaded first if need be and if it fits.
 
     ``name`` is None or ``spark`` for the embedded model, a directory, a short name such as ``ernie`` or ``qwen3:4b``,
-    or ``org/name[@revision]``. ``context`` counts positions, -1 all the model has. ``memory`` is what the device has
-    free, in bytes; None asks this machine.
+    or ``org/name[@revision]``. ``context`` counts positions, -1 all the model has. ``memory`` is what ``device`` has
+    free, in bytes; None asks it.
 
     Raises `ModelNotFoundError` if there is no such model here or on the hub, `DoesNotFitError` before any weights are
     downloaded, and `CheckpointError` if the repository is of no use.
@@ -92,12 +93,12 @@ def fetch(
     here = local_path(text)
     if here is not None:
         return Resolved(here, here.resolve().name)
-    free = available() if memory is None else memory
+    free = available(device) if memory is None else memory
     client = client or HuggingFace()
-    names = resolve(text, recipe, context=context, memory=free)
+    names = resolve(text, recipe, context=context, memory=free, device=device)
     if offline or _offline_by_environment():
         return _first_cached([_Fetch(client, name, progress or _silent) for name in names])
-    path, note = _Fetch(client, names[0], progress or _silent).download(recipe, context, free)
+    path, note = _Fetch(client, names[0], progress or _silent).download(recipe, context, free, device)
     return Resolved(path, names[0].label, "; ".join(filter(None, (names[0].note, note))))
 
 
@@ -146,7 +147,7 @@ class _Fetch:
             )
         return path
 
-    def download(self, recipe: Recipe, context: int, free: int) -> tuple[Path, str]:
+    def download(self, recipe: Recipe, context: int, free: int, device: str = "cpu") -> tuple[Path, str]:
         """The snapshot and a note; nothing large is fetched before the config says that it fits.
 
         Where the hub cannot be asked, the cached copy serves if it is whole.
@@ -167,7 +168,7 @@ class _Fetch:
             raise
         config = describe(read_config(path))
         room = config.positions if context < 1 else min(context, config.positions)
-        check_fits(config, recipe, context=room, memory=free, name=self.repo)
+        check_fits(config, recipe, context=room, memory=free, name=self.repo, device=device)
         if not any(name.endswith(".safetensors") for name in sizes):
             raise CheckpointError(f"{self.repo} has no safetensors weights: choose a repository that has, {ELSE}")
         self._fetch_all({name: size for name, size in sizes.items() if not (path / name).exists()}, path.name)

@@ -5,7 +5,7 @@ Used by the loader, the hub and the error messages, so that all three agree. Kno
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,14 +17,26 @@ from qrun.formats import format_of
 from qrun.formats.kv import kv_format
 from qrun.models.config import ModelConfig
 from qrun.models.plan import Weight, plan
-from qrun.recipe import Recipe
+from qrun.recipe import Recipe, WeightScheme
 
 OVERHEAD: Final = 600_000_000
 """Bytes beside weights and cache: Python, torch and compiled kernels (about 350 MB) and the activations of a chunk."""
+GPU_OVERHEAD: Final = 400_000_000
+"""The same on a GPU, without the activations: kernels' code, cuBLAS' workspace, graphs, the buffer that kernels are
+timed with (268 MB, at load), and what the allocator's blocks waste. Python and torch are in the host's memory."""
+GPU_CHUNK: Final = 2048
+"""Prompt tokens a forward there."""
+GPU_EXPANDED: Final = 256 << 20
+"""Bytes of weights that are expanded at a time for many tokens there."""
+GPU_ROWS: Final = 128
+"""Weights are padded there to so many rows, and their columns to a tile."""
 KEPT_ITEMSIZE: Final = 4
 """Norms, biases and the router stay in float32."""
 SMALLER: Final = ("wint8", "wint4")
 """What to suggest instead of a recipe that does not fit, best first."""
+SMALLER_MODEL: Final = "choose a smaller model, or talk to the embedded one: qrun chat spark"
+OTHERS: Final = 2_000_000_000
+"""Bytes of a GPU in others' hands that are worth a word."""
 DEFAULT_CONTEXT: Final = 4096
 
 
@@ -39,6 +51,12 @@ class Forecast:
     context: int
     largest: int
     """The largest weight as it is read and assembled, before it is quantized."""
+    loading: int
+    """Beside the weights while they are loaded."""
+    running: int
+    """Beside weights and cache while tokens are run."""
+    expanded_per_token: int = 0
+    """What reading a prompt expands of the cache, a layer at a time, for each position."""
 
     @property
     def weights(self) -> int:
@@ -51,13 +69,13 @@ class Forecast:
 
     @property
     def peak_load(self) -> int:
-        """Resident bytes that loading never exceeds: the weights, one tensor twice (as read and in work), the rest."""
-        return self.weights + 2 * self.largest + OVERHEAD
+        """Bytes that loading never exceeds: resident ones, or those of the GPU."""
+        return self.weights + self.loading
 
     @property
     def total(self) -> int:
-        """Resident bytes when the context is full."""
-        return self.weights + self.kv + OVERHEAD
+        """Bytes when the context is full."""
+        return self.weights + self.kv + self.expanded_per_token * self.context + self.running
 
     @property
     def needed(self) -> int:
@@ -72,8 +90,9 @@ def forecast(
     *,
     tied: bool | None = None,
     source_itemsize: int = 2,
+    device: str = "cpu",
 ) -> Forecast:
-    """What ``config`` takes at ``recipe``, exact to the byte for weights and cache.
+    """What ``config`` takes at ``recipe`` on a device, exact to the byte for weights and cache.
 
     ``tied`` overrides what the config says of the head; unknown counts as untied, the larger. ``source_itemsize`` is
     bytes per number in the checkpoint's files.
@@ -81,18 +100,37 @@ def forecast(
     if tied is None:
         tied = bool(config.tied)
     roles: dict[str, int] = {}
+    layers: dict[str, int] = {}  # as the formats store them, before a GPU's kernels have them in theirs
     parameters = active = largest = 0
     for weight in plan(config, tied=tied):
         count = math.prod(weight.shape)
         parameters += count
         active += _active(config, weight, count)
-        roles[weight.role] = roles.get(weight.role, 0) + stored_bytes(weight, recipe)
+        stored = stored_bytes(weight, recipe)
+        if weight.name.startswith("layers."):
+            place = weight.name.split(".")[1]
+            layers[place] = layers.get(place, 0) + stored
+        if device == "cuda":
+            stored = packed_bytes(weight, recipe)
+        roles[weight.role] = roles.get(weight.role, 0) + stored
         largest = max(largest, source_itemsize * max(sum(math.prod(s.shape) for s in part) for part in weight.parts))
     per_head = sum(
         math.prod(shape) * dtype.itemsize
         for name in (recipe.k, recipe.v)
         for shape, dtype in kv_format(name).layout(config.head_dim).values()
     )
+    # A tensor as it was read, and in work.
+    loading, running, expanded = 2 * largest + OVERHEAD, OVERHEAD, 0
+    if device == "cuda":
+        # A tensor as it was read, quantized, and in work; or a layer's weights (experts are a stack) beside their
+        # packed copies, which are made when all of them are there. Of the host this takes one tensor at a time.
+        loading = max(3 * largest, max(layers.values(), default=0) + largest) + GPU_OVERHEAD
+        running = GPU_OVERHEAD + min(largest, GPU_EXPANDED) + _activations(config)
+        padded_head = 1 << (config.head_dim - 1).bit_length()
+        if config.window is None:
+            expanded = 2 * 2 * config.kv_heads * padded_head  # keys and values, 16 bits
+        else:
+            running += 2 * 2 * config.kv_heads * padded_head * (config.window + GPU_CHUNK)
     return Forecast(
         roles=roles,
         parameters=parameters,
@@ -100,58 +138,126 @@ def forecast(
         kv_per_token=per_head * config.kv_heads * config.layers,
         context=context,
         largest=largest,
+        loading=loading,
+        running=running,
+        expanded_per_token=expanded,
     )
 
 
 def stored_bytes(weight: Weight, recipe: Recipe) -> int:
     """Bytes of one weight in the format its role has, scales and padding included."""
-    for role, scheme in recipe.schemes().items():
-        if role == weight.role:
-            layout = format_of(scheme).layout(weight.shape)
-            return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-    return math.prod(weight.shape) * KEPT_ITEMSIZE
+    scheme = _scheme_of(weight, recipe)
+    return math.prod(weight.shape) * KEPT_ITEMSIZE if scheme is None else _layout_bytes(scheme, weight.shape)
 
 
-def largest_context(config: ModelConfig, recipe: Recipe, memory: int, *, tied: bool | None = None) -> int:
+def packed_bytes(weight: Weight, recipe: Recipe) -> int:
+    """The same as a GPU's kernels read it: padded, in one of the widths they know, 32-bit floats as 16-bit ones."""
+    scheme = _scheme_of(weight, recipe)
+    if scheme is None:
+        return math.prod(weight.shape) * KEPT_ITEMSIZE
+    tile = GPU_ROWS
+    if scheme.type == "int":
+        scheme = replace(scheme, bits=next(bits for bits in (2, 4, 8) if scheme.bits <= bits))
+        tile = 256 if scheme.bits == 2 else tile
+    elif scheme.type == "fp32":
+        scheme = WeightScheme("bf16", 16)
+    elif scheme.type == "nvfp4":
+        tile = 64
+    *lead, n, k = weight.shape
+    return _layout_bytes(scheme, (*lead, n + -n % GPU_ROWS, k + -k % tile))
+
+
+def _scheme_of(weight: Weight, recipe: Recipe) -> WeightScheme | None:
+    return next((scheme for role, scheme in recipe.schemes().items() if role == weight.role), None)
+
+
+def _layout_bytes(scheme: WeightScheme, shape: tuple[int, ...]) -> int:
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in format_of(scheme).layout(shape).values())
+
+
+def _activations(config: ModelConfig) -> int:
+    """Bytes of a chunk's activations on a GPU: copies of x, and the widest that a block makes of it.
+
+    Per token: mixed heads in 16 and in 32 bits, and the attended ones; gates, ups and their product in 16; for each of
+    a token's experts its product in 16 bits and its output twice in 32.
+    """
+    widest = max(8 * (config.heads + 2 * config.kv_heads) * config.head_dim, 8 * config.intermediate)
+    if config.moe is not None:
+        slots = config.moe.top_k + -(-config.moe.shared_width // config.moe.width)
+        widest = max(widest, slots * (8 * config.hidden + 3 * config.moe.width))
+    return GPU_CHUNK * (24 * config.hidden + widest)
+
+
+def largest_context(
+    config: ModelConfig, recipe: Recipe, memory: int, *, tied: bool | None = None, device: str = "cpu"
+) -> int:
     """The most positions, in steps of 256 and up to the model's own limit, that fit in ``memory`` bytes; 0 if none."""
-    need = forecast(config, recipe, 0, tied=tied)
-    if need.peak_load > memory:
+    need = forecast(config, recipe, 0, tied=tied, device=device)
+    if need.needed > memory:
         return 0
-    return min(config.positions, (memory - need.total) // need.kv_per_token // 256 * 256)
+    each = need.kv_per_token + need.expanded_per_token
+    return min(config.positions, (memory - need.total) // each // 256 * 256)
 
 
 def check_fits(
-    config: ModelConfig, recipe: Recipe, *, context: int, memory: int, name: str, tied: bool | None = None
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    context: int,
+    memory: int,
+    name: str,
+    tied: bool | None = None,
+    device: str = "cpu",
 ) -> Forecast:
-    """The forecast, if ``memory`` bytes are enough for it.
+    """The forecast, if ``memory`` bytes, those that are free of a device, are enough for it.
 
     Raises `DoesNotFitError` saying how much is needed, how much is there, and what would fit.
     """
-    need = forecast(config, recipe, context, tied=tied)
+    need = forecast(config, recipe, context, tied=tied, device=device)
     if need.needed <= memory:
         return need
-    what = f"{name} at {recipe.name} with a context of {context} needs {human(need.needed)}, {human(memory)} are free"
-    raise DoesNotFitError(f"{what}: {_advice(config, recipe, context, memory, tied)}")
+    what = f"{name} at {recipe.name} with a context of {context} needs {human(need.needed)}"
+    advice = _advice(config, recipe, context, memory, tied, device)
+    if device == "cpu":
+        raise DoesNotFitError(f"{what}, {human(memory)} are free: {advice or SMALLER_MODEL}")
+    if forecast(config, recipe, context, tied=tied).needed <= available():
+        advice = f"{advice}, or --device cpu" if advice else "use --device cpu"
+    raise DoesNotFitError(f"{what} on the {_free_of(device, memory)}: {advice or SMALLER_MODEL}")
 
 
-def _advice(config: ModelConfig, recipe: Recipe, context: int, memory: int, tied: bool | None) -> str:
-    shorter = largest_context(config, recipe, memory, tied=tied)
-    need = forecast(config, recipe, context, tied=tied)
+def _free_of(device: str, memory: int) -> str:
+    """The device, what is free of it, and who has the rest."""
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info()
+    text = f"{module.get_device_name()}, {human(memory)} are free of {human(total)}"
+    others = total - free - module.memory_reserved()
+    # What this process itself has on the card beside torch's blocks, its context, is no other program.
+    return text if others < OTHERS else f"{text}; other programs hold {human(others)}"
+
+
+def _advice(config: ModelConfig, recipe: Recipe, context: int, memory: int, tied: bool | None, device: str) -> str:
+    """Options that make it fit; nothing where none does."""
+
+    def would(recipe: Recipe) -> Forecast:
+        return forecast(config, recipe, context, tied=tied, device=device)
+
+    shorter = largest_context(config, recipe, memory, tied=tied, device=device)
+    need = would(recipe)
     if shorter:
         for kv in ("int8", "int4"):
-            would = forecast(config, recipe.with_kv(kv), context, tied=tied)
-            if would.needed <= memory and would.kv < need.kv:
-                return f"use --ctx-size {shorter}, or --kv {kv} ({human(would.needed)})"
+            other = would(recipe.with_kv(kv))
+            if other.needed <= memory and other.kv < need.kv:
+                return f"use --ctx-size {shorter}, or --kv {kv} ({human(other.needed)})"
         return f"use --ctx-size {shorter}"
     for option, smaller in _alternatives(recipe):
-        would = forecast(config, smaller, context, tied=tied)
-        if would.needed <= memory and would.weights < need.weights:
-            return f"use {option} ({human(would.needed)})"
+        other = would(smaller)
+        if other.needed <= memory and other.weights < need.weights:
+            return f"use {option} ({human(other.needed)})"
     for option, smaller in _alternatives(recipe):
-        shorter = largest_context(config, smaller, memory, tied=tied)
+        shorter = largest_context(config, smaller, memory, tied=tied, device=device)
         if shorter:
             return f"use {option} --ctx-size {shorter}"
-    return "choose a smaller model, or talk to the embedded one: qrun chat spark"
+    return ""
 
 
 def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -166,14 +272,18 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def human(count: int) -> str:
-    """Bytes as people write them: ``640 MB``, ``12.9 GB``."""
+    """Bytes as people write them: ``640 MB``, ``12.9 GB``, ``141 GB``."""
+    if count >= 99_950_000_000:
+        return f"{count / 1e9:.0f} GB"
     return f"{count / 1e9:.1f} GB" if count >= 999_500_000 else f"{count / 1e6:.0f} MB"
 
 
 def available(device: str = "cpu", *, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> int:
-    """Free bytes of a device now. For the CPU: what the system can give, or the least that a control group leaves."""
+    """Free bytes of a device now. For the CPU: what the system can give, or the least that a control group leaves; for
+    a GPU: what no program holds, and what torch holds here without using it."""
     if device != "cpu":
-        return int(torch.get_device_module(device).mem_get_info()[0])
+        module = torch.get_device_module(device)
+        return int(module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated())
     return min([psutil.virtual_memory().available, *_cgroup_free(cgroups, proc)])
 
 

@@ -45,11 +45,11 @@ def local_path(text: str) -> Path | None:
     return None
 
 
-def resolve(text: str, recipe: Recipe, *, context: int, memory: int) -> list[Name]:
+def resolve(text: str, recipe: Recipe, *, context: int, memory: int, device: str = "cpu") -> list[Name]:
     """What a short name, a bare family, or ``org/name[@revision]`` can mean, best first; one, except for a family.
 
-    A bare family means those that fit ``memory`` bytes at this recipe and context (-1: all the model has), the largest
-    first.
+    A bare family means those that fit ``memory`` bytes of ``device`` at this recipe and context (-1: all the model
+    has), the largest first.
 
     Raises `ModelNotFoundError` for a name that means nothing, `DoesNotFitError` if none of a family fits.
     """
@@ -64,7 +64,7 @@ def resolve(text: str, recipe: Recipe, *, context: int, memory: int) -> list[Nam
                 pinned or None,
                 f"{text} is {alias.name} ({alias.repo}), the largest that fits {human(memory)} at {recipe.name}",
             )
-            for alias in _fitting(short, members, recipe, context, memory)
+            for alias in _fitting(short, members, recipe, context, memory, device)
         ]
     match = _REPO.fullmatch(text)
     if match is None:
@@ -83,8 +83,8 @@ def _torch_style(repo: str, revision: str | None) -> Name:
     return Name(twin, revision, f"{twin} instead of {repo}: the -PT repositories are in the layout that qrun reads")
 
 
-def _fitting(name: str, members: list[Alias], recipe: Recipe, context: int, memory: int) -> list[Alias]:
-    needs = {alias.name: _need(alias, recipe, context) for alias in members}
+def _fitting(name: str, members: list[Alias], recipe: Recipe, context: int, memory: int, device: str) -> list[Alias]:
+    needs = {alias.name: _need(alias, recipe, context, device) for alias in members}
     by_size = sorted(members, key=lambda alias: needs[alias.name].parameters, reverse=True)
     fitting = [alias for alias in by_size if needs[alias.name].needed <= memory]
     if fitting:
@@ -96,6 +96,7 @@ def _fitting(name: str, members: list[Alias], recipe: Recipe, context: int, memo
     )
 
 
-def _need(alias: Alias, recipe: Recipe, context: int) -> Forecast:
+def _need(alias: Alias, recipe: Recipe, context: int, device: str) -> Forecast:
     config = describe(alias.config)
-    return forecast(config, recipe, config.positions if context < 1 else min(context, config.positions))
+    room = config.positions if context < 1 else min(context, config.positions)
+    return forecast(config, recipe, room, device=device)

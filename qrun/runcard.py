@@ -19,7 +19,7 @@ class RoleLine:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """Sizes in bytes, times in seconds. ``measured_peak`` is the process's peak resident memory after the load."""
+    """Sizes in bytes, times in seconds. The peaks are of the load: resident memory, or the GPU's."""
 
     model: str
     family: str

@@ -107,7 +107,7 @@ class Sampler:
         penalised = self._penalised(logits[0])
         token = self._choose(penalised) if self._kernel is None else self._kernel(penalised[None])
         if self.seen is not None:
-            self.seen[token] = True
+            self.seen.index_fill_(0, token, True)
         if self.counts is not None:
             self.counts[token] += 1
         return token

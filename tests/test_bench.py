@@ -13,6 +13,7 @@ from qrun import resident
 from qrun.api import load
 from qrun.bandwidth import read_bandwidth
 from qrun.bench import Test, bytes_per_token, measure, run
+from qrun.cli.bench_cmd import cells
 from qrun.engine import Engine
 from qrun.errors import ContextOverflowError, RecipeError, UsageError
 
@@ -107,6 +108,8 @@ def test_rows(folder: Path) -> None:
         assert (row.first_token_seconds is None) == (row.bandwidth_share is not None) == row.test.startswith("tg")
         assert row.model == str(folder) or row.model == folder.name
     assert rows[0].size > rows[-1].size
+    assert rows[0].threads == torch.get_num_threads() and cells(rows[0])[4] == str(rows[0].threads)
+    assert cells(dataclasses.replace(rows[0], threads=None))[4] == "n/a"
     assert any("tg3" in text for text in said)
     assert set(dataclasses.asdict(rows[0])) >= {"model", "size", "recipe", "test", "median", "samples"}
 
@@ -126,6 +129,14 @@ def test_read_bandwidth_leaves_the_thread_count_alone() -> None:
     before = torch.get_num_threads()
     assert 1e8 < read_bandwidth(1, size=1 << 22, repeats=3) < 1e13
     assert torch.get_num_threads() == before
+
+
+def test_read_bandwidth_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the device after every so many passes; the CPU by another name stands for one."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda: waited.append(1))
+    assert 1e8 < read_bandwidth(device="cpu:0", size=1 << 22, repeats=3) < 1e13
+    assert len(waited) == 2 * 4
 
 
 def test_peak_memory_counts_what_was_and_can_start_anew() -> None:

@@ -168,3 +168,16 @@ def test_blocks_in_a_row_hand_their_operands_on(cuda: CUDABackend, plain: Backen
     assert len(prepared) == 1
     # Another tensor than the one left is prepared, whatever lies in the buffers.
     assert difference(ours[1](x), theirs[1](x)) < 5e-3 and len(prepared) == 2
+
+
+def test_what_has_no_kernel_falls_back_visibly(cuda: CUDABackend, plain: Backend) -> None:
+    """Right, named, and never recorded as a graph."""
+    narrow = FfnWeights(norm=vector(96).abs() + 0.5, gate_up=weight("fp8", 200, 96), down=weight("fp8", 96, 100))
+    x = torch.randn(2, 96, device=DEVICE)
+    assert difference(cuda.ffn_block(1e-5, narrow)(x), plain.ffn_block(1e-5, narrow)(x)) < 5e-3
+    assert [b.op for b in cuda.bindings if b.fallback] == ["ffn"]
+    odd = format_of(WeightScheme("int", 4, 8, False)).quantize(torch.randn(40, 64)).to(DEVICE)
+    y = torch.randn(3, 64, device=DEVICE)
+    assert difference(cuda.linear(odd, op="odd")(y), plain.linear(odd)(y)) < 1e-3
+    assert [b.fallback for b in cuda.bindings if b.op == "odd"] == [True]
+    assert not cuda._recordable

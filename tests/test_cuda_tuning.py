@@ -1,4 +1,4 @@
-"""What is measured once and kept, and which recording serves which length; the device's part of both is stood in for."""
+"""What is measured once and kept, and which recording serves which length; the device's part is stood in for."""
 
 from dataclasses import replace
 from pathlib import Path

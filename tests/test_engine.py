@@ -176,3 +176,24 @@ def test_rounded_activations_and_caches_stay_close(quant: str, pair: tuple[Path,
     prefill = engine.logits(IDS)
     assert error(prefill, expected) < NEAR[quant]
     assert error(decoded(engine, 30), prefill[30:]) < 0.05
+
+
+def test_a_rehearsal_leaves_nothing_behind(engine: Engine) -> None:
+    fresh = reply(engine, IDS[:9])
+    engine.reset()
+    engine.rehearse()
+    assert not engine.ids and engine.cache.length == 0
+    assert reply(engine, IDS[:9]) == fresh
+
+
+def test_a_step_ahead_that_does_not_count_is_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that does not wait begins the next step before a token is known to end the reply."""
+    expected = reply(engine, IDS[:10], 6)
+    engine.reset()
+    monkeypatch.setattr(engine.backend, "runs_ahead", True)
+    assert reply(engine, IDS[:10], 6) == expected
+    assert engine.cache.length == len(engine.ids)
+    engine.reset()
+    stopped = list(engine.generate(IDS[:10], temperature=0, stop_ids=[expected[3]], loop_guard=False))
+    assert stopped == expected[: expected.index(expected[3])]
+    assert engine.cache.length == len(engine.ids) == 10 + len(stopped)

@@ -125,7 +125,7 @@ def test_pieces_and_columns(name: str, half: torch.dtype, tokens: int, split: in
     weight = quantized(name, 140, 640)
     w = packed(weight, half)
     x = torch.randn(tokens, 640, device=DEVICE)
-    config = Config(rows=128, warps=8 if columns_for(tokens) > 16 else 4, stages=2, split=split)
+    config = Config(rows=128, warps=8 if columns_for(w, tokens) > 8 else 4, stages=2, split=split)
     out = run(w, operand(x, half), poisoned(tokens, 140), config=config)
     assert difference(out, x.to(half).float() @ weight.dequantize().t()) < 1e-3
 
@@ -204,6 +204,22 @@ def test_experts_by_index(name: str, half: torch.dtype) -> None:
             gate, rest = (x[token].to(half).float() @ first[e].t()).chunk(2)
             wanted += gates[token, slot] * ((F.silu(gate) * rest).to(half).float() @ second[e].t())
         assert difference(out[token], wanted) < (2e-2 if half == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("half", DTYPES)
+def test_experts_that_are_added_up_are_whole(half: torch.dtype) -> None:
+    """More rows than a program has, and a shape meant for pieces: a token's slots are its pieces, and no others."""
+    experts, inner, hidden, slots = 3, 256, 300, 2
+    weight = quantized("int4 g64", experts, hidden, inner)
+    x, before = torch.randn(slots, inner, device=DEVICE), torch.randn(1, hidden, device=DEVICE)
+    chosen, gates = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE), torch.rand(slots, device=DEVICE)
+    out = run(
+        packed(weight, half), operand(x, half), poisoned(1, hidden), epilogue="residual", residual=before, tokens=1,
+        routed=Routed(slots=slots, chosen=chosen, shared_rows=False, gates=gates), config=Config(stages=2, split=2),
+    )  # fmt: skip
+    dense = weight.dequantize()
+    wanted = before + sum(gates[s] * (x[s].to(half).float() @ dense[int(chosen[s])].t()) for s in range(slots))
+    assert difference(out, wanted) < 1e-3
 
 
 @pytest.mark.parametrize("half", DTYPES)

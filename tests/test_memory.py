@@ -1,16 +1,40 @@
-"""The forecast against published sizes and against tensors that were really made; what a container has free."""
+"""The forecast against published sizes and against tensors that were really made; what a container has free, or a GPU;
+what is left when memory runs out."""
 
+import gc
 import math
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from oracle import make
 
+import qrun.api
+import qrun.engine
+from qrun import resident
 from qrun.aliases import ALIASES, family, known_names
+from qrun.backends.base import Backend, Feed, FfnWeights
+from qrun.backends.cuda_matrix import pack, pack_stack, packs
+from qrun.backends.cuda_space import EXPANDED
+from qrun.cache import KVCache
+from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, ModelNotFoundError
 from qrun.formats import format_of, kv_format
-from qrun.memory import OVERHEAD, available, check_fits, forecast, human, largest_context
+from qrun.memory import (
+    GPU_EXPANDED,
+    GPU_OVERHEAD,
+    OVERHEAD,
+    available,
+    check_fits,
+    forecast,
+    human,
+    largest_context,
+    packed_bytes,
+)
 from qrun.models import describe
 from qrun.models.plan import plan
 from qrun.names import resolve
@@ -116,7 +140,271 @@ def test_what_fits_passes() -> None:
 
 
 def test_human() -> None:
-    assert [human(n) for n in (0, 640_000_000, 999_600_000, 12_900_000_000)] == ["0 MB", "640 MB", "1.0 GB", "12.9 GB"]
+    sizes = (0, 640_000_000, 999_600_000, 12_900_000_000, 141_000_000_000)
+    assert [human(n) for n in sizes] == ["0 MB", "640 MB", "1.0 GB", "12.9 GB", "141 GB"]
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        "bf16", "fp32", "wint8", "w8g32", "wint4", "W2", "W3", "W4@channel", "W5", "W8g64asym", "fp8", "nf4", "mxfp4",
+        "nvfp4",
+    ],
+)  # fmt: skip
+def test_a_gpus_weights_are_exact(quant: str) -> None:
+    """What its kernels read was really made, all but a codebook's table, for every weight that they have a kind for."""
+    recipe = Recipe.parse(quant)
+    some = 0
+    for weight in plan(TINY, tied=False):
+        scheme = recipe.schemes().get(weight.role) if weight.role != "kept" else None
+        if scheme is None:
+            assert packed_bytes(weight, recipe) == 4 * math.prod(weight.shape)
+            continue
+        made = format_of(scheme).quantize(torch.randn(weight.shape).bfloat16())
+        paired = weight.name.endswith("gate_up")
+        if not packs(made, paired=paired):
+            continue
+        if len(weight.shape) == 3:
+            packed = pack_stack([made[e] for e in range(weight.shape[0])], torch.bfloat16, paired=paired)
+        else:
+            packed = pack(made, torch.bfloat16, paired=paired)
+        some += 1
+        table = 0 if packed.table is None else packed.table.nbytes
+        assert packed_bytes(weight, recipe) == packed.nbytes - table, weight.name
+    assert some >= 5
+
+
+def test_what_a_gpu_needs_beside() -> None:
+    recipe = Recipe.parse("wint4")
+    need, host = (forecast(ERNIE_21B, recipe, 4096, device=device) for device in ("cuda", "cpu"))
+    assert host.weights <= need.weights < 1.02 * host.weights
+    assert need.kv == host.kv
+    assert need.peak_load == need.weights + 3 * need.largest + GPU_OVERHEAD
+    assert need.expanded_per_token == 2 * ERNIE_21B.kv_heads * ERNIE_21B.head_dim * 2
+    beside = need.total - need.weights - need.kv - 4096 * need.expanded_per_token
+    assert GPU_OVERHEAD + GPU_EXPANDED < beside < GPU_OVERHEAD + GPU_EXPANDED + 1e9
+    assert GPU_EXPANDED == 2 * EXPANDED
+    # Experts in 16 bits are copied a layer at a time, which is more than any tensor of theirs.
+    layer = 64 * 3 * 2560 * 1536 * 2
+    assert forecast(ERNIE_21B, BF16, device="cuda").loading > layer + need.largest + GPU_OVERHEAD
+
+
+def test_a_window_bounds_what_is_expanded() -> None:
+    config = describe(
+        {
+            "model_type": "mistral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 4096,
+            "sliding_window": 128, "tie_word_embeddings": False,
+        }
+    )  # fmt: skip
+    need = forecast(config, BF16, device="cuda")
+    assert config.window == 128 and need.expanded_per_token == 0
+
+
+def test_largest_context_on_a_gpu_is_the_largest() -> None:
+    recipe = Recipe.parse("wint4")
+    context = largest_context(ERNIE_21B, recipe, 16_000_000_000, device="cuda")
+    assert 0 < context < ERNIE_21B.positions
+    assert forecast(ERNIE_21B, recipe, context, device="cuda").needed <= 16_000_000_000
+    assert forecast(ERNIE_21B, recipe, context + 256, device="cuda").needed > 16_000_000_000
+    assert largest_context(ERNIE_21B, recipe, 1 << 30, device="cuda") == 0
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """torch.cuda's answers of a card; the test may change them."""
+    held = {"free": 3_100_000_000, "reserved": 700_000_000, "allocated": 700_000_000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (held["free"], 141_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: held["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["allocated"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    return held
+
+
+def test_what_is_free_of_a_gpu(h200: dict[str, int]) -> None:
+    assert available("cuda") == 3_100_000_000
+    h200["allocated"] = 0
+    assert available("cuda") == 3_800_000_000, "what torch holds without using it is free too"
+
+
+@pytest.mark.parametrize(
+    ("quant", "host", "says"),
+    [
+        ("wint4", 1 << 40, "3.1 GB are free of 141 GB; other programs hold 137 GB: use --device cpu"),
+        ("wint4", 1 << 30, "3.1 GB are free of 141 GB; other programs hold 137 GB: choose a smaller model"),
+    ],
+)
+def test_a_full_gpu_is_described(
+    h200: dict[str, int], monkeypatch: pytest.MonkeyPatch, quant: str, host: int, says: str
+) -> None:
+    monkeypatch.setattr("qrun.memory.available", lambda: host)
+    with pytest.raises(DoesNotFitError) as caught:
+        check_fits(ERNIE_21B, Recipe.parse(quant), context=4096, memory=3_100_000_000, name="ernie:21b", device="cuda")
+    text = str(caught.value)
+    assert text.startswith("ernie:21b at wint4 with a context of 4096 needs 14.")
+    assert f" on the NVIDIA H200, {says}" in text
+    assert "\n" not in text
+
+
+def test_an_empty_gpu_that_is_too_small(h200: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    h200["free"] = 139_800_000_000
+    monkeypatch.setattr("qrun.memory.available", lambda: 1 << 42)
+    big = describe(ALIASES["ernie:300b"].config)
+    with pytest.raises(DoesNotFitError) as caught:
+        check_fits(big, BF16, context=4096, memory=140_000_000_000, name="X", device="cuda")
+    text = str(caught.value)
+    assert "140 GB are free of 141 GB: " in text and "other programs" not in text
+    assert text.endswith(("or --device cpu", "use --device cpu"))
+    assert check_fits(ERNIE_21B, BF16, context=4096, memory=140_000_000_000, name="X", device="cuda").total > 40e9
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "the GPU's memory"),
+        (torch.AcceleratorError("CUDA error: out of memory\n"), "the GPU's memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "the GPU's memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "the GPU's memory"),
+        (RuntimeError("shapes do not match"), None),
+        (ValueError("bad"), None),
+    ],
+)
+def test_which_errors_mean_that_memory_ran_out(error: Exception, place: str | None) -> None:
+    assert resident.ran_out(error) == place
+    try:
+        try:
+            raise error
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+    except RuntimeError as outer:
+        assert resident.ran_out(outer) == place
+
+
+class Small(Backend):
+    """Runs out of memory at the feed-forward block after ``room`` of them; remembers, weakly, what it was given."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.seen: list[weakref.ref[Any]] = []
+
+    def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
+        self.seen += [weakref.ref(weights.norm), weakref.ref(weights.gate_up.codes)]
+        self.room -= 1
+        if self.room < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().ffn_block(eps, weights, activations=activations)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make("ernie", path, torch.bfloat16, num_hidden_layers=2)
+    return path
+
+
+def test_memory_runs_out_while_loading(folder: Path, h200: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it stays, even while the error is at hand; then a second attempt goes well."""
+    backends = [Small(1), Small(9)]
+    seen = backends[0].seen
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: h200.update(gone=all(ref() is None for ref in seen)))
+    monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: backends.pop(0))
+    with pytest.raises(DoesNotFitError) as caught:
+        qrun.api.load(folder, "wint8", context=64)
+    assert caught.value.exit_code == 4
+    assert str(caught.value).startswith(f"the GPU's memory ran out while loading {folder} at wint8: ")
+    assert caught.value.__context__ is None
+    assert len(seen) == 4 and h200["gone"], "what still lives cannot be returned"
+    assert len(qrun.api.load(folder, "wint8", context=64).cached_ids) == 0
+
+
+def test_what_is_no_lack_of_memory_is_raised_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*names: object, **options: object) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(qrun.api, "pick", fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        qrun.api.load(folder, context=64)
+
+
+def greedy(engine: Engine, ids: list[int], count: int = 4) -> list[int]:
+    return list(engine.generate(ids, max_tokens=count, temperature=0.0, loop_guard=False))
+
+
+@pytest.mark.parametrize("at", ["prefill", "step", "logits"])
+def test_memory_runs_out_while_running(
+    folder: Path, h200: dict[str, int], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """One line, nothing held, and the engine goes on as if the attempt had not been."""
+    monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: Backend())
+    engine = qrun.api.load(folder, context=64)
+    ids = [(7 * i + 3) % 97 for i in range(20)]
+    wanted = greedy(engine, ids)
+    part = "head" if at == "logits" else "embed"
+    whole: Callable[[torch.Tensor], torch.Tensor] = getattr(engine.decoder, part)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        y = whole(x)
+        if len(x) == (1 if at == "step" else len(ids)):
+            held.append(weakref.ref(y))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return y
+
+    engine.reset()
+    setattr(engine.decoder, part, fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: h200.update(gone=held[0]() is None))
+    with pytest.raises(DoesNotFitError, match=r"^the GPU's memory ran out in a context of 64 tokens, .*--ctx-size"):
+        engine.logits(ids) if at == "logits" else greedy(engine, ids)
+    assert len(held) == 1 and h200["gone"]
+    assert engine.cache.length == len(engine.ids) == (20 if at == "step" else 0)
+    setattr(engine.decoder, part, whole)
+    assert greedy(engine, ids) == wanted
+
+
+def test_memory_runs_out_for_another_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has its first cache again, or one like it."""
+    monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: Backend())
+    engine = qrun.api.load(folder, context=64)
+    ids = [5, 6, 7]
+    wanted, card, alive = greedy(engine, ids), engine.card, weakref.ref(engine.cache)
+
+    def cache(**options: Any) -> KVCache:
+        assert alive() is None, "there may be no room for two"
+        if options["k"].name == "int8":
+            raise MemoryError
+        return KVCache(**options)
+
+    monkeypatch.setattr(qrun.engine, "KVCache", cache)
+    with pytest.raises(DoesNotFitError, match=r"^memory ran out"):
+        engine.set_kv("int8")
+    assert engine.card is card and engine.recipe.kv == card.kv
+    assert greedy(engine, ids) == wanted
+
+
+def test_an_engine_goes_as_soon_as_it_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is wanted for the next one, and a cycle would keep it until somebody collects."""
+    monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: Backend())
+    engine = qrun.api.load(folder, context=64)
+    greedy(engine, [5, 6, 7])
+    cache, decoder = weakref.ref(engine.cache), weakref.ref(engine.decoder)
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None and decoder() is None
+    finally:
+        gc.enable()
+
+
+def test_peaks_of_a_gpu_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = {"peak": 7}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: count["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: count.update(peak=0))
+    assert resident.peak("cuda") == 7
+    resident.reset_peak("cuda")
+    assert resident.peak("cuda") == 0 and resident.peak() > 1e6
 
 
 def cgroup_v2(root: Path, proc: Path, *, limit: str) -> None:

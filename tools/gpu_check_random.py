@@ -93,7 +93,7 @@ def build(
     begun = time.perf_counter()
     config = describe(checkpoint.config)
     tied = is_tied(config, checkpoint)
-    need = memory.forecast(config, recipe, context, tied=tied)
+    need = memory.forecast(config, recipe, context, tied=tied, device=backend.device.type)
     loader = RandomLoader(checkpoint, config, recipe, backend)
     decoder = loader.load()
     if prepare:
@@ -114,7 +114,7 @@ def build(
         bindings=list(backend.bindings),
         weight_bytes=loader.loaded.weight_bytes,
         predicted_peak=need.peak_load,
-        measured_peak=resident.peak(),
+        measured_peak=resident.peak(backend.device.type),
         load_seconds=time.perf_counter() - begun,
         quantize_seconds=loader.loaded.quantize_seconds,
         from_store=False,

@@ -106,7 +106,7 @@ def cells(row: "BenchRow") -> tuple[str, ...]:
         cards.size(row.size),
         cards.number(row.parameters),
         row.backend,
-        str(row.threads),
+        "n/a" if row.threads is None else str(row.threads),
         row.recipe,
         row.kv,
         row.test,

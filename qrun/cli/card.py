@@ -51,7 +51,8 @@ def rows(card: "RunCard") -> Iterator[tuple[str, str]]:
             f"context {card.context} = {size(card.kv_bytes_per_token * card.context)}"
         ),
     )
-    yield "memory", f"predicted peak {size(card.predicted_peak)}, measured {size(card.measured_peak)}"
+    where = "" if card.backend == "cpu" else "of the GPU: "
+    yield "memory", f"{where}predicted peak {size(card.predicted_peak)}, measured {size(card.measured_peak)}"
     how = "from the cache of quantized weights" if card.from_store else ""
     quantized = any(line.scheme not in ("bf16", "fp32") for line in card.roles)
     if quantized and not card.from_store:

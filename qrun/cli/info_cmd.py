@@ -48,11 +48,12 @@ def info(
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what qrun found here: versions, processor, memory."""
+    """Return what qrun found here: versions, processor, memory, GPU."""
     import psutil
     import torch
 
     from qrun import __version__
+    from qrun.backends import describe_gpu
     from qrun.memory import available
 
     memory = psutil.virtual_memory()
@@ -61,6 +62,7 @@ def describe_machine() -> dict[str, str]:
         "python": f"{platform.python_version()}, torch {torch.__version__}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{cards.size(available())} free of {cards.size(memory.total)}",
+        "gpu": describe_gpu(),
     }
 
 
