@@ -13,7 +13,7 @@ from qrun.backends.cuda_product import Link, Product
 from qrun.backends.cuda_space import Space
 from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, QTensor
 from qrun.kernels import gpu_norm, reference
-from qrun.kernels.gpu_gemv import MOST, Operand, Routed
+from qrun.kernels.gpu_gemv import Operand, Routed, columns_for
 from qrun.kernels.gpu_router import route
 
 
@@ -70,7 +70,9 @@ class MoEBlock:
             shared = torch.arange(self._folded, device=x.device) + self._router.shape[0]
             chosen = torch.cat((chosen, shared.expand(tokens, -1)), 1)
             gates = torch.cat((gates, gates.new_ones(tokens, self._folded)), 1)
-        order, owners = sorted_slots(chosen, self._router.shape[0] + self._folded)
+        per_expert = -(-tokens * slots // self._gate_up.weight.experts)
+        columns = columns_for(self._gate_up.weight, per_expert)
+        order, owners = sorted_slots(chosen, self._gate_up.weight.experts, columns)
         routed = Routed(slots=slots, chosen=owners, shared_rows=True, order=order)
         wide = self._down.weight.width
         inner = Operand(
@@ -87,16 +89,13 @@ class MoEBlock:
         return out + (each.view(tokens, slots, -1) * gates[..., None]).sum(1)
 
 
-def sorted_slots(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def sorted_slots(chosen: Tensor, experts: int, columns: int) -> tuple[Tensor, Tensor]:
     """Slots by expert in blocks of columns, from chosen [M, slots]: order int32 [blocks, columns] and owners [blocks].
 
     Every block has one expert; what is left of its columns, and of the blocks, is -1. Their number depends on shapes
     alone, so that nothing waits for the device.
     """
     flat = chosen.flatten().long()
-    columns = 8
-    while columns < MOST and columns * experts < flat.shape[0]:
-        columns *= 2
     blocks = -(-flat.shape[0] // columns) + experts
     slot = torch.argsort(flat, stable=True)
     expert = flat[slot]

@@ -76,8 +76,10 @@ class Scratch:
 
 
 def columns_for(w: Packed, tokens: int) -> int:
-    """Columns of a program for so many tokens: 8, 16, 32 or 64, which eight planes have no registers for."""
-    return min(32 if w.kind == "int2" else MOST, max(8, 1 << (tokens - 1).bit_length()))
+    """Columns of a program for so many tokens: 8, 16, 32 or 64; of the eight planes of int2, 8 or 32."""
+    if w.kind == "int2":
+        return 8 if tokens <= 8 else 32
+    return min(MOST, max(8, 1 << (tokens - 1).bit_length()))
 
 
 def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> Config:
@@ -216,7 +218,7 @@ def variants() -> list[Variant]:
     ]
     for columns in (16, 32, 64):
         for name in ("int4 g64", "int8 channel", "int2 g32", "fp8", "nf4", "mxfp4", "nvfp4", "bf16"):
-            if name == "int2 g32" and columns > 32:
+            if name == "int2 g32" and columns != 32:
                 continue
             made.append(_variant(f"{name} {columns} columns", name, COLS=columns, ONE=False))
     made.append(

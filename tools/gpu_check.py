@@ -127,7 +127,9 @@ def child(arguments: Sequence[str]) -> None:
 
 def run_tests(limit: float, folder: Path) -> tuple[list[Record], Record]:
     """The GPU kernels' tests, on the device."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_gpu_*.py")) if path.name not in NO_GPU_NEEDED]
+    tests = ROOT / "tests"
+    found = sorted([*tests.glob("test_gpu_*.py"), tests / "test_cuda_backend.py", tests / "test_cuda_models.py"])
+    files = [str(path) for path in found if path.name not in NO_GPU_NEEDED]
     begun = time.monotonic()
     if find_spec("pytest") is None:
         return [_record("tests", "skipped", "pytest", why="pytest is not installed")], {}
