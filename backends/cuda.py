@@ -27,10 +27,14 @@ from qrun.backends.cuda_tuning import Tuner
 from qrun.backends.graphs import GraphStep
 from qrun.cache import KVCache
 from qrun.formats import Fp8BlockFormat, QTensor
-from qrun.kernels import reference
 from qrun.kernels.gpu_gemv import MOST
 from qrun.kernels.gpu_packed import Packed
 from qrun.kernels.gpu_sample import DeviceChoice, handles
+
+
+def runs(weight: QTensor, activations: str, *, paired: bool = False) -> bool:
+    """Whether the kernels multiply the weight, by activations of this type: not in 32 bits."""
+    return activations != "32" and packs(weight, paired=paired)
 
 
 class CUDABackend(Backend):
@@ -84,7 +88,7 @@ class CUDABackend(Backend):
     def linear(
         self, weight: QTensor, bias: Tensor | None = None, *, activations: str = "16", op: str = "linear"
     ) -> Linear:
-        if not packs(weight):
+        if not runs(weight, activations):
             return super().linear(weight, bias, activations=activations, op=op)
         product = self._bound(weight, bias, activations, op)
 
@@ -103,7 +107,8 @@ class CUDABackend(Backend):
         return lambda ids: gather_rows(packed, ids)
 
     def attention_block(self, spec: AttentionSpec, weights: AttentionWeights) -> Attend:
-        if spec.head_dim > 256 or not packs(weights.qkv) or not packs(weights.o):
+        act = spec.activations
+        if spec.head_dim > 256 or not runs(weights.qkv, act) or not runs(weights.o, act):
             self._fall_back("attention")
             return super().attention_block(spec, weights)
         qkv = self._bound(weights.qkv, weights.qkv_bias, spec.activations, "qkv")
@@ -115,7 +120,7 @@ class CUDABackend(Backend):
         )
 
     def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
-        if not packs(weights.gate_up, paired=True) or not packs(weights.down):
+        if not runs(weights.gate_up, activations, paired=True) or not runs(weights.down, activations):
             self._fall_back("ffn")
             return super().ffn_block(eps, weights, activations=activations)
         gate_up = self._bound(weights.gate_up, weights.gate_up_bias, activations, "gate_up", paired=True)
@@ -124,38 +129,38 @@ class CUDABackend(Backend):
         return FfnBlock(eps, weights.norm, (gate_up, down), self.space, before=before, after=after)
 
     def moe_block(self, eps: float, spec: MoESpec, weights: MoEWeights, *, activations: str = "16") -> Feed:
-        half = self.card.half
-        stacks = with_shared(weights)
         experts = weights.gate_up.shape[0]
-        first, second = stacks or (
+        first, second = with_shared(weights) or (
             [weights.gate_up[e] for e in range(experts)],
             [weights.down[e] for e in range(experts)],
         )
-        if not packs(first[0], paired=True) or not packs(second[0]):
+        folded = len(first) - experts
+        # A shared MLP that is not in the stacks is a block beside them.
+        up, narrow = (None, None) if folded else (weights.shared_gate_up, weights.shared_down)
+        needed = [(first[0], True), (second[0], False), (up, True), (narrow, False)]
+        if not all(weight is None or runs(weight, activations, paired=paired) for weight, paired in needed):
             self._fall_back("experts")
             return super().moe_block(eps, spec, weights, activations=activations)
+        half = self.card.half
         gate_up = self._product(pack_stack(first, half, paired=True), weights.gate_up.format, "experts gate_up")
         down = self._product(pack_stack(second, half), weights.down.format, "experts down")
-        beside: Feed | None = None
-        if stacks is None and weights.shared_gate_up is not None and weights.shared_down is not None:
-            widen = self.linear(
-                weights.shared_gate_up, weights.shared_gate_up_bias, activations=activations, op="shared gate_up"
-            )
-            narrow = self.linear(
-                weights.shared_down, weights.shared_down_bias, activations=activations, op="shared down"
-            )
-            beside = lambda h: narrow(reference.silu_mul(widen(h)))  # noqa: E731
         before, after = self._next()
+        beside: Feed | None = None
+        if up is not None and narrow is not None:
+            shared = (
+                self._bound(up, weights.shared_gate_up_bias, activations, "shared gate_up", paired=True),
+                self._bound(narrow, weights.shared_down_bias, activations, "shared down"),
+            )
+            beside = FfnBlock(eps, weights.norm, shared, self.space, before=before, after=Link(self.space))
         return MoEBlock(
-            eps, spec, weights, (gate_up, down), self.space, folded=len(first) - experts, beside=beside,
-            before=before, after=after,
-        )  # fmt: skip
+            eps, spec, weights, (gate_up, down), self.space, folded=folded, beside=beside, before=before, after=after
+        )
 
     def head(
         self, norm: Tensor, eps: float, weight: QTensor, bias: Tensor | None, *, activations: str = "16"
     ) -> Linear:
         table, self._table = self._table, None
-        if not packs(weight):
+        if not runs(weight, activations):
             return super().head(norm, eps, weight, bias, activations=activations)
         packed = table[1] if table is not None and table[0] is weight else pack(weight, self.card.half)
         product = self._product(packed, weight.format, "lm_head", bias=bias, activations=activations)

@@ -23,7 +23,9 @@ def packs(weight: QTensor, *, paired: bool = False) -> bool:
     if isinstance(form, Fp8BlockFormat):
         # A gate that ends inside a block of scales has no rows of its own to pair.
         return not paired or (weight.shape[-2] // 2) % ROW_ALIGN == 0
-    return form.group % 32 == 0 if isinstance(form, AffineFormat) else isinstance(form, PlainFormat | CodebookFormat)
+    if isinstance(form, PlainFormat):
+        return form.dtype == torch.bfloat16  # who asks for 32 bits wants them
+    return form.group % 32 == 0 if isinstance(form, AffineFormat) else isinstance(form, CodebookFormat)
 
 
 def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed:

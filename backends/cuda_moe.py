@@ -24,7 +24,7 @@ class MoEBlock:
         self, eps: float, spec: MoESpec, weights: MoEWeights, products: tuple[Product, Product], space: Space, *,
         folded: int, beside: Feed | None, before: Link, after: Link,
     ) -> None:  # fmt: skip
-        """``folded`` shared experts are in the stacks; ``beside``, or none, is norm(x) [M, H] -> what others add."""
+        """``folded`` shared experts are in the stacks; ``beside``, or none, is x -> x + what others make of norm(x)."""
         self._eps, self._spec = eps, spec
         self._norm = weights.norm.float().contiguous()
         self._router = weights.router.float().contiguous()
@@ -52,8 +52,7 @@ class MoEBlock:
         routed = Routed(slots=slots, chosen=chosen, shared_rows=True)
         self._gate_up.few(normed, inner.x, epilogue="silu", eps=self._eps, out_sums=inner.sums, routed=routed)
         out = space.floats("after ffn", 1, x.shape[1])
-        if self._beside is not None:
-            x = x + self._beside(reference.rms_norm(x, self._norm, self._eps))
+        x = x if self._beside is None else self._beside(x)
         routed = replace(routed, shared_rows=False, gates=gates[0])
         return self._down.few(inner, out, epilogue="residual", residual=x, link=self._after, routed=routed, tokens=1)
 
@@ -85,7 +84,7 @@ class MoEBlock:
         )
         each = torch.empty(tokens * slots, x.shape[1], device=x.device)
         self._down.few(inner, each, routed=replace(routed, shared_rows=False))
-        out = x if self._beside is None else x + self._beside(exact)
+        out = x if self._beside is None else self._beside(x)
         return out + (each.view(tokens, slots, -1) * gates[..., None]).sum(1)
 
 

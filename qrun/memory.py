@@ -151,7 +151,7 @@ def stored_bytes(weight: Weight, recipe: Recipe) -> int:
 
 
 def packed_bytes(weight: Weight, recipe: Recipe) -> int:
-    """The same as a GPU's kernels read it: padded, in one of the widths they know, 32-bit floats as 16-bit ones."""
+    """The same as a GPU's kernels read it: padded, in one of the widths they know; 32-bit floats have no kernel."""
     scheme = _scheme_of(weight, recipe)
     if scheme is None:
         return math.prod(weight.shape) * KEPT_ITEMSIZE
@@ -160,7 +160,7 @@ def packed_bytes(weight: Weight, recipe: Recipe) -> int:
         scheme = replace(scheme, bits=next(bits for bits in (2, 4, 8) if scheme.bits <= bits))
         tile = 256 if scheme.bits == 2 else tile
     elif scheme.type == "fp32":
-        scheme = WeightScheme("bf16", 16)
+        return _layout_bytes(scheme, weight.shape)
     elif scheme.type == "nvfp4":
         tile = 64
     *lead, n, k = weight.shape

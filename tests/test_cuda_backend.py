@@ -176,6 +176,8 @@ def test_what_has_no_kernel_falls_back_visibly(cuda: CUDABackend, plain: Backend
     x = torch.randn(2, 96, device=DEVICE)
     assert difference(cuda.ffn_block(1e-5, narrow)(x), plain.ffn_block(1e-5, narrow)(x)) < 5e-3 * SLACK
     assert [b.op for b in cuda.bindings if b.fallback] == ["ffn"]
+    assert cuda.linear(weight("int8", 8, 64), activations="32", op="exact")(x[:, :64]).dtype == torch.float32
+    assert [b.fallback for b in cuda.bindings if b.op == "exact"] == [True]
     odd = format_of(WeightScheme("int", 4, 8, False)).quantize(torch.randn(40, 64)).to(DEVICE)
     y = torch.randn(3, 64, device=DEVICE)
     assert difference(cuda.linear(odd, op="odd")(y), plain.linear(odd)(y)) < 1e-3 * SLACK

@@ -108,8 +108,16 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counted under the interpreter")
-@pytest.mark.parametrize(("case", "most"), [("ernie", 6), ("qwen3", 6), ("ernie-moe", 7)])
-def test_launches_a_layer(on_card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, most: int) -> None:
+@pytest.mark.parametrize(
+    ("case", "recipe", "most"),
+    [
+        ("ernie", "wint4", 6),
+        ("qwen3", "wint4", 6),
+        ("ernie-moe", "wint4", 7),
+        ("ernie-moe", "mix:experts=w4,dense=w8", 9),
+    ],
+)
+def test_launches_a_layer(on_card: None, tmp_path: Path, case: str, recipe: str, most: int) -> None:
     """Between models of two and of three layers lies what one layer takes."""
     # Whole groups, so that the shared experts fold in; heads of 32, whose sums attention leaves itself.
     sizes = {"moe_intermediate_size": 64, "hidden_size": 128} if case == "ernie-moe" else {}
@@ -117,7 +125,7 @@ def test_launches_a_layer(on_card: None, tmp_path: Path, monkeypatch: pytest.Mon
     for layers in (2, 3):
         path = tmp_path / str(layers)
         make(case, path, torch.bfloat16, num_hidden_layers=layers, **sizes)
-        engine = load(path, "wint4")
+        engine = load(path, recipe)
         with torch.inference_mode():
             engine.step(torch.tensor([5]))
             with pytest.MonkeyPatch.context() as patch, Counted(patch) as counted:

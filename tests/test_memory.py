@@ -171,7 +171,7 @@ def test_a_gpus_weights_are_exact(quant: str) -> None:
         some += 1
         table = 0 if packed.table is None else packed.table.nbytes
         assert packed_bytes(weight, recipe) == packed.nbytes - table, weight.name
-    assert some >= 5
+    assert some >= 5 or quant == "fp32"
 
 
 def test_what_a_gpu_needs_beside() -> None:
