@@ -90,7 +90,7 @@ def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> 
     programs = w.rows // rows * slots
     tiles = w.width // w.tile
     split = max(1, min(tiles // 4, 4 * processors // programs, 16))
-    stages = 2 if w.kind == "codebook" or (w.kind == "int2" and columns > 8) else 3
+    stages = 2 if w.kind == "codebook" or (w.kind in BITS and columns > 8) else 3
     return Config(rows=rows, warps=4 if columns == 8 else 8, stages=stages, split=split)
 
 

@@ -128,14 +128,13 @@ def gemv_kernel(
         s_rows = tl.program_id(1) // SLOTS if SLOTS > 0 and SHARE else tl.program_id(1)
         x_rows = tl.zeros((COLS,), tl.int32) + s_rows
         used = c >= 0
-        off = tl.zeros((ROWS,), tl.float32)
     else:
         s_rows = x_rows
         used = there
-        off = tl.zeros((ROWS, COLS), tl.float32)
     if GROUPED:
         last = tl.where(tl.load(order + column * COLS) < 0, first, last)  # a block without columns has nothing to do
     acc = tl.zeros((ROWS, COLS), tl.float32)
+    off = tl.zeros((ROWS,), tl.float32)
     # Scales are too narrow for the compiler's pipeline: loaded where they are used, each would be waited for. With many
     # columns there are no registers for them, and a tile takes longer than the wait.
     AHEAD: tl.constexpr = COLS == 8 and GROUP > 0 and KIND != "fp8"
@@ -176,8 +175,6 @@ def gemv_kernel(
             )  # fmt: skip
     if ONE:
         acc -= off[:, None]
-    else:
-        acc -= off
     if GROUP == 0 and KIND != "fp8" and KIND != "plain":
         acc *= tl.load(scale + rows)[:, None]
     if SCALED2:

@@ -1,6 +1,6 @@
 """A tile of a weight times a few tokens, whatever its codes: what `gpu_gemv_core` does with each step along K.
 
-Sums are kept apart: the dots of the codes as they decode, and what offsets and zero points have added to them.
+What the decoded codes' offsets and their zero points add to a dot comes off it again, by Σx.
 """
 # pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportAssignmentType=false
@@ -82,7 +82,7 @@ def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_str
                  AHEAD: tl.constexpr):  # fmt: skip
     """The tile t of 2- or 4-bit codes, in words [ROWS, PLANE/2], times x: added to acc [ROWS, COLS].
 
-    What offsets and zero points have added to acc is added to off [ROWS, 1 or COLS]. AHEAD: scales and zeros are there.
+    Of a single token (ONE), what offsets and zero points add to acc is added to off [ROWS] too. AHEAD: scales and zeros are there.
     """
     HALF: tl.constexpr = x.dtype.element_ty
     BASE: tl.constexpr = 128.0 if tl.bfloat16 == HALF else 1024.0
@@ -107,33 +107,30 @@ def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_str
                 a = fields(words, BITS, (j * PER + i) // RUN * RUN, (j * PER + i) % RUN, HALF, ASM)
                 xp = lowered(xp, BITS * ((j * PER + i) % RUN))
             part = tl.dot(a, xp, part)
+        s = tl.full((acc.shape[0],), 1.0, tl.float32)
         if GROUP > 0:
             group = (t * TILE + j * (PER * PLANE)) // GROUP
             s = as_scales(scales[j] if AHEAD else tl.load(scale + group * NP + rows), SCALE)
-            acc += part * s[:, None]
-        else:
-            s = tl.full((acc.shape[0],), 1.0, tl.float32)
-            acc = part
         if KIND != "codebook":
             whole, shifted = sums_over(
                 sums, s_rows, sums_stride, there, t * PLANES + j * PER, PER, BITS, j * PER, RUN, ONE
             )
+            z = tl.full((acc.shape[0],), 1 << (BITS - 1), tl.float32)
             if ZERO:
                 z = (zeros[j] if AHEAD else tl.load(zero + group * NP + rows)).to(tl.float32)
-            else:
-                z = tl.full((acc.shape[0],), 1 << (BITS - 1), tl.float32)
-            off += corrected(s, z, whole, shifted * BASE, ONE)
+            part, off = corrected(part, off, s, z, whole, shifted * BASE, ONE)
+        acc = acc + part * s[:, None] if GROUP > 0 else part
     return acc, off
 
 
 @triton.jit
-def corrected(s, z, whole, shifted, ONE: tl.constexpr):
-    """s · (shifted + z · whole): [ROWS] for one token, else [ROWS, COLS]."""
+def corrected(part, off, s, z, whole, shifted, ONE: tl.constexpr):
+    """part without what offsets and zero points have added to it; of a single token off has that, times s, instead."""
     if ONE:
-        extra = s * (shifted + z * whole)
+        off += s * (shifted + z * whole)
     else:
-        extra = s[:, None] * (shifted[None, :] + z[:, None] * whole[None, :])
-    return extra
+        part -= shifted[None, :] + z[:, None] * whole[None, :]
+    return part, off
 
 
 @triton.jit
@@ -164,9 +161,10 @@ def bytes_times(acc, off, t, codes, x, x_rows, x_stride, sums, s_rows, sums_stri
     else:
         at = t * TILE // GROUP * NP + rows
         s = as_scales(scales[0] if AHEAD else tl.load(scale + at), SCALE)
-        acc += tl.dot(a, xp) * s[:, None]
+        part = tl.dot(a, xp)
         if ZERO:
-            z = (zeros[0] if AHEAD else tl.load(zero + at)).to(tl.float32)
+            z = (zeros[0] if AHEAD else tl.load(zero + at)).to(tl.float32) - 128.0
             whole, _ = sums_over(sums, s_rows, sums_stride, there, t * (TILE // 32), TILE // 32, 0, 0, 1, ONE)
-            off += corrected(s, z - 128.0, whole, 0.0 * whole, ONE)
+            part, off = corrected(part, off, s, z, whole, 0.0 * whole, ONE)
+        acc += part * s[:, None]
     return acc, off
