@@ -82,7 +82,8 @@ def planes_times(acc, off, t, words, x, x_rows, x_stride, sums, s_rows, sums_str
                  AHEAD: tl.constexpr):  # fmt: skip
     """The tile t of 2- or 4-bit codes, in words [ROWS, PLANE/2], times x: added to acc [ROWS, COLS].
 
-    Of a single token (ONE), what offsets and zero points add to acc is added to off [ROWS] too. AHEAD: scales and zeros are there.
+    Of a single token (ONE), what offsets and zero points add to acc is added to off [ROWS] too. AHEAD: scales and
+    zeros are there.
     """
     HALF: tl.constexpr = x.dtype.element_ty
     BASE: tl.constexpr = 128.0 if tl.bfloat16 == HALF else 1024.0
