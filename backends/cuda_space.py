@@ -57,8 +57,8 @@ class Space:
         wide = padded(width)
         rows = padded(tokens, MOST)  # by slots: a token has several
         return Operand(
-            x=self._part(name, (rows, wide), self.half)[:tokens],
-            sums=self._part(f"{name} sums", (rows, wide // 32), torch.float32)[:tokens],
+            x=self._part(f"{name} {width}", (rows, wide), self.half)[:tokens],
+            sums=self._part(f"{name} {width} sums", (rows, wide // 32), torch.float32)[:tokens],
             width=width,
             ssq=ssq,
         )
