@@ -18,7 +18,7 @@ from qrun.kernels.gpu_gemv import Config, Emit, Epilogue, Operand, Routed, colum
 from qrun.kernels.gpu_packed import Packed
 
 Configure = Callable[[Packed, int, int], Config]
-"""A weight, columns and slots -> the shape of its programs."""
+"""A weight, columns and how many blocks of them -> the shape of its programs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +107,13 @@ class Product:
         """As `gpu_gemv.gemv`, with the scratch and the program shape seen to; returns out."""
         w = self.weight
         rows = x.x.shape[0] if tokens is None else tokens
-        slots, blocks, columns = 1, 1, columns_for(w, rows)
-        if routed is not None:
-            blocks = routed.chosen.shape[0]
-            slots = blocks
+        if routed is None:
+            columns = columns_for(w, rows)
+            blocks = -(-rows // columns)
+        else:
             columns = 8 if routed.order is None else routed.order.shape[1]
-        config = self._configure(w, columns, slots)
+            blocks = routed.chosen.shape[0]
+        config = self._configure(w, columns, blocks)
         combine = routed is not None and routed.gates is not None
         pieces = routed.slots if routed is not None and combine else config.split
         lanes = (rows if combine else blocks) * (w.rows // config.rows)

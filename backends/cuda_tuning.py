@@ -35,13 +35,13 @@ class Tuner:
         self._known = _read(self._file)
         self._seen: dict[str, list[Packed]] = {}
 
-    def config(self, weight: Packed, columns: int, slots: int = 1) -> Config:
+    def config(self, weight: Packed, columns: int, blocks: int = 1) -> Config:
         """The shape for a weight, so many columns of tokens and blocks of them."""
-        if columns == COLUMNS and slots == 1:
+        if columns == COLUMNS and blocks == 1:
             known = self._known.get(key_of(weight))
             if known is not None:
                 return known
-        return default_config(weight, columns, self._card.processors, slots)
+        return default_config(weight, columns, self._card.processors, blocks)
 
     def register(self, weight: Packed) -> None:
         """A weight to be tuned, unless its like is known."""

@@ -82,12 +82,12 @@ def columns_for(w: Packed, tokens: int) -> int:
     return min(MOST, max(8, 1 << (tokens - 1).bit_length()))
 
 
-def default_config(w: Packed, columns: int, processors: int, slots: int = 1) -> Config:
+def default_config(w: Packed, columns: int, processors: int, blocks: int = 1) -> Config:
     """A shape that compiles without spilling anywhere; pieces of K so that each processor has about four programs."""
     # Twice the rows share what looking codes up costs; with scales of 16 they would need too many registers.
     wide = w.pairs == 128 or (w.kind == "codebook" and w.plane == 32 and columns == 8 and w.rows % 256 == 0)
     rows = 256 if wide else 128
-    programs = w.rows // rows * slots
+    programs = w.rows // rows * blocks
     tiles = w.width // w.tile
     split = max(1, min(tiles // 4, 4 * processors // programs, 16))
     stages = 2 if w.kind == "codebook" or (w.kind in BITS and columns > 8) else 3

@@ -58,7 +58,7 @@ def test_linear(cuda: CUDABackend, plain: Backend, name: str, activations: str) 
         pytest.skip("16-bit activations are what other weights have")
     w = weight(name, 140, 200)
     bias = vector(140)
-    for tokens in (1, 9, 70):
+    for tokens in (1, 9, 40, 70):
         x = torch.randn(tokens, 200, device=DEVICE)
         kind = activations if tokens > 64 and activations == {"int8": "int8"}.get(name) else "16"
         found, wanted = cuda.linear(w, bias, activations=activations)(x), plain.linear(w, bias, activations=kind)(x)
