@@ -44,9 +44,9 @@ def pick(
 
 def describe_gpu() -> str:
     """The GPU that `pick` uses, in a line; where it uses none, why."""
-    from qrun.backends.cuda_device import summary
+    from qrun.backends.cuda_device import ELSE, summary
 
     try:
         return summary()
     except BackendError as error:
-        return f"none used: {error}"
+        return f"none used: {str(error).removesuffix(f', {ELSE}')}"

@@ -1,4 +1,4 @@
-"""The blocks of a decoder on a GPU: one token in three launches a half-layer, a few in as many, many through cuBLAS."""
+"""The blocks of a decoder on a GPU: a token in four launches of attention and two of the MLP, many through cuBLAS."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from qrun.kernels.gpu_append import append
 from qrun.kernels.gpu_attention import decode_attention, partial_shape, split_count
 from qrun.kernels.gpu_flash import expand_kv, flash
 from qrun.kernels.gpu_gemv import MOST, Operand
-from qrun.kernels.reference_attention import Side
-from qrun.kernels.reference_attention import padded as padded_head
+from qrun.kernels.gpu_kv import Side
+from qrun.kernels.gpu_kv import padded as padded_head
 
 
 def side(store: KVStore) -> Side:

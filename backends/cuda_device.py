@@ -21,7 +21,7 @@ LEAST = (8, 0)
 """The compute capability the kernels are compiled for: Ampere, with bfloat16 tensor cores."""
 LEAST_TRITON = (3, 6)
 ELSE = "or use --device cpu"
-"""How every message ends."""
+"""How a message ends that names another remedy first."""
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES with which people say: no GPU."""
 

@@ -145,24 +145,22 @@ class Product:
         """[M, N] (padded rows of ``pairs`` included), float32 with a residual, else float32 or 16 bits."""
         w = self.weight
         count = w.rows if w.pairs else w.n
-        out = None
-        if self._wide != "half":
-            dtype = self.space.half if residual is None else torch.float32
-            out = torch.empty(rows.x.shape[0], count, dtype=dtype, device=rows.x.device)
-        if self._wide == "int8" and out is not None:
+        if self._wide == "half":
+            return self._expanded(rows.half(w.width, self.space.half), count, residual)
+        dtype = self.space.half if residual is None else torch.float32
+        out = torch.empty(rows.x.shape[0], count, dtype=dtype, device=rows.x.device)
+        if self._wide == "int8":
             codes, scale = rows.int8(w.width)
             matmul_int8(
                 codes, w.codes, x_scale=scale, w_scale=_tensor(w.scale)[0], out=out, bias=self._bias, residual=residual
             )
-            return out
-        if self._wide == "fp8" and out is not None:
+        else:
             codes, scale = rows.fp8(w.width)
             matmul_fp8(
                 codes.view(torch.float8_e4m3fn), w.codes.view(torch.float8_e4m3fn), x_scale=scale,
                 w_scale=_tensor(w.scale), out=out, bias=self._bias, residual=residual,
             )  # fmt: skip
-            return out
-        return self._expanded(rows.half(w.width, self.space.half), count, residual)
+        return out
 
     def _expanded(self, x: Tensor, count: int, residual: Tensor | None) -> Tensor:
         w = self.weight
@@ -182,7 +180,7 @@ class Product:
 
 
 class Link:
-    """Between a block and the next: what the one leaves of its last x for the other, whose norm and eps these are."""
+    """Between a block and the next: what the one leaves of its last x for the other, whose norm this is."""
 
     def __init__(self, space: Space) -> None:
         self._space = space

@@ -87,7 +87,7 @@ class Space:
     def partials(self, shape: tuple[int, ...]) -> Tensor:
         """float32 of the shape, for the splits of an attention."""
         size = math.prod(shape)
-        return self._grown("partials", size, torch.float32)[:size].view(shape)
+        return self._grown("attention", size, torch.float32)[:size].view(shape)
 
     def expanded(self, rows: int, width: int) -> Tensor:
         """[some of the rows, width] in ``half``, for weights that are expanded part by part."""

@@ -2,7 +2,7 @@
 # pyright: basic
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -22,7 +22,7 @@ class Variant:
     constants: Mapping[str, Any]
     warps: int = 4
     stages: int = 1
-    multiples: tuple[str, ...] = field(default=())
+    multiples: tuple[str, ...] = ()
     weights: int = 0
     limit: float | None = None
     least: int = 80

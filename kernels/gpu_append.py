@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qrun.kernels.gpu_aot import Variant
 from qrun.kernels.gpu_bits import e4m3_encode, rint, round_bf16
-from qrun.kernels.reference_attention import Side, padded, power_of_two
+from qrun.kernels.gpu_kv import Side, padded, power_of_two
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def side_multiples(k: str, v: str) -> tuple[str, ...]:
 
 
 def variants() -> list[Variant]:
-    """One of each cache format, for eight heads a kv head of 128."""
+    """Each cache format, for 32 heads of 128 on 8 kv heads."""
     floats = ["qkv", "cos", "sin", "q_norm", "k_norm"]
     return [
         Variant(

@@ -12,8 +12,17 @@ from torch import Tensor
 from qrun.kernels.gpu_aot import Variant
 from qrun.kernels.gpu_append import hadamard32
 from qrun.kernels.gpu_bits import round_bf16
-from qrun.kernels.gpu_kv import codes_width, load_tile, packed, read, scale_width, side_types
-from qrun.kernels.reference_attention import Side, padded, power_of_two
+from qrun.kernels.gpu_kv import (
+    Side,
+    codes_width,
+    load_tile,
+    packed,
+    padded,
+    power_of_two,
+    read,
+    scale_width,
+    side_types,
+)
 
 
 @triton.jit
@@ -275,7 +284,7 @@ def blocks(k: str, v: str, wide: int) -> dict[str, int]:
 
 
 def variants() -> list[Variant]:
-    """Pairs of cache formats for 5 and 8 heads of 128 a kv head, and of 64."""
+    """Pairs of cache formats, for 5 heads of 128 a kv head and for 8 of 64."""
     pairs = [
         ("bf16", "bf16", 2.5),
         ("int8", "int8", 6.5),

@@ -18,6 +18,14 @@ def round_bf16(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 to the nearest number of ``dtype``, ties to even."""
+    if dtype == tl.bfloat16:
+        x = round_bf16(x)
+    return x.to(dtype)
+
+
+@triton.jit
 def rint(x):
     """float32 of magnitude below 2^22 to the nearest integer, ties to even."""
     return (x + 12582912.0) - 12582912.0

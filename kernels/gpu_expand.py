@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qrun.kernels.gpu_aot import Variant
-from qrun.kernels.gpu_bits import e4m3_decode
-from qrun.kernels.gpu_norm import narrow
+from qrun.kernels.gpu_bits import e4m3_decode, narrow
 from qrun.kernels.gpu_packed import BITS, Packed
 
 _ROWS = 16
@@ -228,7 +227,6 @@ def variants() -> list[Variant]:
                     **{name: None for name in names if name not in pointers},
                     **_constants(kind, group, scale, plane),
                 },
-                stages=1,
                 multiples=("KP", "C", "stride"),
             )
         )

@@ -9,9 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qrun.kernels.gpu_aot import Variant
-from qrun.kernels.gpu_bits import round_bf16
-from qrun.kernels.gpu_kv import POINTERS, codes_width, load_tile, packed, read, scale_width
-from qrun.kernels.reference_attention import Side, padded, power_of_two
+from qrun.kernels.gpu_bits import narrow
+from qrun.kernels.gpu_kv import POINTERS, Side, codes_width, load_tile, packed, padded, power_of_two, read, scale_width
 
 
 @triton.jit
@@ -23,14 +22,6 @@ def hadamard_signs(OP: tl.constexpr):
     odd ^= odd >> 2
     odd ^= odd >> 1
     return (1 - 2 * (odd & 1)).to(tl.float32).to(OP)
-
-
-@triton.jit
-def narrow(x, OP: tl.constexpr):
-    """float32 to OP, to nearest."""
-    if tl.bfloat16 == OP:
-        x = round_bf16(x)
-    return x.to(OP)
 
 
 @triton.jit(do_not_specialize=["capacity", "start", "count"])

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qrun.kernels.gpu_aot import Variant
-from qrun.kernels.gpu_norm import narrow
+from qrun.kernels.gpu_bits import narrow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ def gemv(
         SHARE=routed is not None and routed.shared_rows, COMBINE=combine, GROUPED=grouped, ONE=one,
         BIASED=bias is not None, SCALED2=w.scale2 is not None, EMIT=emit is not None, PIECES=pieces > 1,
         ROWS=config.rows, COLS=columns, PARTS=1 if x.ssq is None else triton.next_power_of_2(x.ssq.shape[0]),
-        STAGES=config.stages, CHUNK=w.pairs, num_warps=config.warps,
+        STAGES=config.stages, CHUNK=w.pairs, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 

@@ -4,12 +4,35 @@ It does not know what becomes of the tiles.
 """
 # pyright: basic
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qrun.kernels.reference_attention import Side
+
+@dataclass(frozen=True)
+class Side:
+    """codes [kv_heads, capacity, …] and scale [kv_heads, capacity, …] or none, last dimensions contiguous.
+
+    ``kind``: "bf16", "fp32", "int8" (bf16 scale per 32), "int4" (the same, rotated by the 32-Hadamard, two codes to a
+    byte) or "fp8" (e4m3, or its bytes as uint8; one float32 scale a vector).
+    """
+
+    kind: str
+    codes: Tensor
+    scale: Tensor | None = None
+
+
+def padded(dim: int) -> int:
+    """A head's width in whole groups."""
+    return -(-dim // 32) * 32
+
+
+def power_of_two(size: int) -> int:
+    """The least one that is no smaller than ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 @triton.jit
@@ -40,13 +63,14 @@ def load_tile(base, rows, stop, WIDTH: tl.constexpr, COLS: tl.constexpr, MASKED:
 
 @triton.constexpr_function
 def codes_width(kind, dim):
-    """Elements of one position's codes as :func:`sides` gives them."""
+    """Elements of one position's codes as :func:`packed` gives them."""
     words = {"int8": -(-dim // 32) * 8, "int4": -(-dim // 32) * 4, "fp8": dim if dim % 4 else dim // 4}
     return words.get(kind, dim)
 
 
 @triton.constexpr_function
 def scale_width(kind, dim):
+    """Scales of one position; 0 where the format has none."""
     return {"int8": -(-dim // 32), "int4": -(-dim // 32), "fp8": 1}.get(kind, 0)
 
 

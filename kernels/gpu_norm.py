@@ -9,15 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qrun.kernels.gpu_aot import Variant
-from qrun.kernels.gpu_bits import e4m3_encode, rint, round_bf16
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """float32 to the nearest number of `dtype`, ties to even."""
-    if dtype == tl.bfloat16:
-        x = round_bf16(x)
-    return x.to(dtype)
+from qrun.kernels.gpu_bits import e4m3_encode, narrow, rint
 
 
 @triton.jit

@@ -4,6 +4,8 @@ It does not know what the experts compute; always-chosen (shared) ones are only 
 """
 # pyright: basic, reportCallIssue=false
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -83,32 +85,21 @@ def router_kernel(
             tl.store(chosen + out + TOP_K + more, E + more, mask=more < SHARED)
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(n: int) -> int:
-    """The least power of two from n up."""
-    return 1 << (n - 1).bit_length()
-
-
-def _constants(
-    tokens: int, experts: int, width: int, *, top_k: int, shared: int, normalise: bool
-) -> dict[str, int | bool]:
-    padded = _power(max(experts, 2))
-    block = min(BLOCK if tokens <= FEW else BLOCK // 2, _power(width))
-    blocks = _ceil(width, block)
+def _constants(tokens: int, experts: int, width: int, *, top_k: int, shared: int, normalise: bool) -> dict[str, Any]:
+    padded = triton.next_power_of_2(max(experts, 2))
+    block = min(BLOCK if tokens <= FEW else BLOCK // 2, triton.next_power_of_2(width))
+    blocks = triton.cdiv(width, block)
     return {
         "E": experts,
         "H": width,
         "ROWS": 1 if tokens <= FEW else 4,
         "BLOCK": block,
-        "UNROLL": _ceil(blocks, _ceil(blocks, AHEAD)),
+        "UNROLL": triton.cdiv(blocks, triton.cdiv(blocks, AHEAD)),
         "EP": padded,
         "CHUNK": padded if padded <= 64 else max(2048 // padded, 1),
         "TOP_K": top_k,
         "SHARED": shared,
-        "SHARED_P": _power(max(shared, 1)),
+        "SHARED_P": triton.next_power_of_2(max(shared, 1)),
         "NORMALISE": normalise,
     }
 
@@ -138,7 +129,7 @@ def route(
     tokens, width = x.shape
     experts = router.shape[0]
     constants = _constants(tokens, experts, width, top_k=top_k, shared=shared, normalise=normalise)
-    router_kernel[(_ceil(experts, int(constants["ROWS"])), tokens)](
+    router_kernel[(triton.cdiv(experts, int(constants["ROWS"])), tokens)](
         x,
         norm,
         router,

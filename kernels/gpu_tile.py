@@ -16,7 +16,7 @@ from qrun.kernels.gpu_decode import e4m3_words, fields, looked_up
 def as_scales(s, SCALE: tl.constexpr):
     """Stored scales as float32."""
     if SCALE == "e8m0":
-        wide = (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        wide = (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # the least, 2^-127, as 0
     elif SCALE == "e4m3":
         wide = e4m3_decode(s)
     else:

@@ -1,42 +1,19 @@
 """The GPU's attention kernels in plain torch, same names and signatures: append, decode, expand, prefill.
 
-A side is the keys or the values of one layer as the cache stores them. Nothing here knows models or recipes.
+Nothing here knows models or recipes.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qrun.kernels import reference
+from qrun.kernels.gpu_kv import Side, padded
 
 GROUP = 32
 E4M3_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class Side:
-    """codes [kv_heads, capacity, …] and scale [kv_heads, capacity, …] or none, last dimensions contiguous.
-
-    ``kind``: "bf16", "fp32", "int8" (bf16 scale per 32), "int4" (the same, rotated by the 32-Hadamard, two codes to a
-    byte) or "fp8" (e4m3, or its bytes as uint8; one float32 scale a vector).
-    """
-
-    kind: str
-    codes: Tensor
-    scale: Tensor | None = None
-
-
-def padded(dim: int) -> int:
-    """A head's width in whole groups."""
-    return -(-dim // GROUP) * GROUP
-
-
-def power_of_two(size: int) -> int:
-    """The least one that is no smaller than ``size``."""
-    return 1 << (size - 1).bit_length()
 
 
 def hadamard32(x: Tensor) -> Tensor:

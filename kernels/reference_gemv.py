@@ -35,7 +35,7 @@ def gemv(
         experts = _owners(routed)
         each = torch.stack([rows[_row(routed, s)] @ dense(w[e]).t() for s, e in experts.items()])
         picked = None if factor is None else torch.stack([factor[_row(routed, s)] for s in experts])
-        each = _finish(each, picked, None if bias is None else bias, w, epilogue)
+        each = _finish(each, picked, bias, w, epilogue)
         if routed.gates is not None:
             each = (each * routed.gates[:, None]).view(tokens or -1, routed.slots, -1).sum(1)
             y = each

@@ -109,7 +109,7 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counted under the interpreter")
 @pytest.mark.parametrize(
-    ("case", "recipe", "most"),
+    ("case", "recipe", "launches"),
     [
         ("ernie", "wint4", 6),
         ("qwen3", "wint4", 6),
@@ -117,7 +117,7 @@ class Counted(TorchDispatchMode):
         ("ernie-moe", "mix:experts=w4,dense=w8", 9),
     ],
 )
-def test_launches_a_layer(on_card: None, tmp_path: Path, case: str, recipe: str, most: int) -> None:
+def test_launches_a_layer(on_card: None, tmp_path: Path, case: str, recipe: str, launches: int) -> None:
     """Between models of two and of three layers lies what one layer takes."""
     # Whole groups, so that the shared experts fold in; heads of 32, whose sums attention leaves itself.
     sizes = {"moe_intermediate_size": 64, "hidden_size": 128} if case == "ernie-moe" else {}
@@ -131,5 +131,5 @@ def test_launches_a_layer(on_card: None, tmp_path: Path, case: str, recipe: str,
             with pytest.MonkeyPatch.context() as patch, Counted(patch) as counted:
                 engine.step(torch.tensor([7]))
         counts.append(counted)
-    assert counts[1].triton.total() - counts[0].triton.total() == most
+    assert counts[1].triton.total() - counts[0].triton.total() == launches
     assert counts[1].torch == counts[0].torch, "a layer runs nothing but its own kernels"

@@ -11,7 +11,7 @@ from torch import Tensor
 from qrun.cache import KVStore
 from qrun.formats import kv_format
 from qrun.kernels import gpu_append, gpu_attention, gpu_flash, reference, reference_attention
-from qrun.kernels.reference_attention import Side, padded
+from qrun.kernels.gpu_kv import Side, padded
 
 KINDS = ["bf16", "fp32", "int8", "int4", "fp8"]
 TOLERANCE = 4e-3 if DEVICE == "cpu" else 1.2e-2  # of products in fp16, and in bf16

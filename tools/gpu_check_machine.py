@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -70,7 +69,7 @@ def measure_peers(job: Job) -> None:
 
 def run_peer(config: Mapping[str, Any], weights: str, *, limit: float, options: tuple[str, ...] = ()) -> Record:
     """The line of JSON that the peer prints. Raises RuntimeError with its last words where it prints none."""
-    script = Path(ROOT / "benchmarks" / "peer_decoder.py")
+    script = ROOT / "benchmarks" / "peer_decoder.py"
     shape = json.dumps({key: value for key, value in config.items() if isinstance(value, int)})
     command = [sys.executable, str(script), "--shape", shape, "--weights", weights, "--depth", str(NEAR), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)

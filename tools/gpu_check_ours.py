@@ -21,8 +21,8 @@ from qrun.kernels.gpu_attention import decode_attention, partial_shape, split_co
 from qrun.kernels.gpu_gemm_fp8 import matmul_fp8
 from qrun.kernels.gpu_gemm_int8 import Tile, matmul_int8
 from qrun.kernels.gpu_gemv import Config, Operand, Routed, default_config
+from qrun.kernels.gpu_kv import padded
 from qrun.kernels.gpu_packed import Packed
-from qrun.kernels.reference_attention import padded
 from qrun.recipe import CacheType, WeightScheme
 from tools.gpu_check_random import noise_store
 from tools.gpu_check_timing import Call, Work, copies_of, rotate
@@ -80,7 +80,7 @@ class Bench:
 
     def few(self, tokens: int, name: str, n: int, k: int) -> Work:
         """Some tokens by a quantized weight [n, k], in one launch."""
-        first = _packed(pack(self.weight(name, n, k), self.half), name)
+        first = pack(self.weight(name, n, k), self.half)
         x, out = self.operand(tokens, first), torch.empty(tokens, n, device=self.device)
 
         def one() -> Call:
@@ -95,7 +95,7 @@ class Bench:
         Every call meets other experts, as layers do.
         """
         one = self.weight(name, *((hidden, width) if down else (2 * width, hidden)))
-        stack = _packed(pack_stack([one] * experts, self.half, paired=not down), name)
+        stack = pack_stack([one] * experts, self.half, paired=not down)
         each = slots * stack.nbytes // experts
         calls: list[Call] = []
         x = self.operand(slots if down else 1, stack)
@@ -111,7 +111,7 @@ class Bench:
 
     def many(self, tokens: int, name: str, n: int, k: int, activations: str = "16") -> Work:
         """Many tokens as a model's prefill multiplies them, quantizing or expanding included."""
-        first = _packed(pack(self.weight(name, n, k), self.half), name)
+        first = pack(self.weight(name, n, k), self.half)
         x = torch.randn(tokens, k, device=self.device)
 
         def one() -> Call:
@@ -174,12 +174,6 @@ def _expert_call(product: Product, x: Operand, inner: Operand, out: Tensor, rout
     if routed.gates is not None:
         return lambda: product.few(x, out, epilogue="residual", residual=out, routed=routed, tokens=1)
     return lambda: product.few(x, inner.x, epilogue="silu", out_sums=inner.sums, routed=routed)
-
-
-def _packed(packed: Packed | None, name: str) -> Packed:
-    if packed is None:
-        raise ValueError(f"the kernels have no kind for {name}")
-    return packed
 
 
 def _copy(packed: Packed) -> Packed:

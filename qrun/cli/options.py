@@ -114,7 +114,11 @@ class ModelOptions:
     ] = None
     device: Annotated[
         Literal["auto", "cuda", "xpu", "cpu"],
-        typer.Option("--device", help="Where to run.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            "--device",
+            help="Where to run; auto is an NVIDIA GPU that can be used, else the CPU.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ] = "auto"
     threads: Annotated[
         int | None,
