@@ -121,7 +121,7 @@ def _affine(weight: QTensor, form: AffineFormat, pair: int) -> Packed:
 def _codebook(weight: QTensor, form: CodebookFormat, pair: int) -> Packed:
     n, k = weight.shape
     plane = 16 if isinstance(form, NvFp4Format) else 32
-    codes = _padded(_reorder(unpack(weight.codes, 4), pair), ROW_ALIGN, plane * 4)
+    codes = _padded(_reorder(unpack(weight.codes, 4), pair), ROW_ALIGN, 128)
     assert weight.scale is not None, "a codebook has scales"
     raw = weight.scale.view(torch.uint8) if isinstance(form, NvFp4Format | MxFp4Format) else weight.scale
     return Packed(

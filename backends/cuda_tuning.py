@@ -54,7 +54,9 @@ class Tuner:
         for i, (key, weights) in enumerate(seen.items()):
             self._progress(f"measuring kernels on this GPU, once: {i + 1} of {len(seen)}, {key}")
             timed = {config: self._time(config, weights) for config in candidates(weights[0], self._card)}
-            self._known[key] = min(timed, key=lambda config: timed[config])
+            best = min(timed, key=lambda config: timed[config])
+            if timed[best] < float("inf"):  # or there was no room to measure
+                self._known[key] = best
         if seen:
             _write(self._file, self._known)
 
@@ -70,10 +72,10 @@ class Tuner:
         )
         try:
             gemv(first, operand, out, scratch=scratch, config=config)
+            flush = torch.empty(1 << 28, dtype=torch.int8, device=x.device)
         except Exception:  # a shape this card has no room for
             return float("inf")
         # It empties the cache, and keeps the device busy until all that is timed is queued, so that no launch is timed.
-        flush = torch.empty(1 << 28, dtype=torch.int8, device=x.device)
         times: list[float] = []
         for turn in range(20):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

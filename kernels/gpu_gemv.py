@@ -216,6 +216,8 @@ def variants() -> list[Variant]:
             "int4 g64 experts down", "int4 g64", EPILOGUE="residual", NORMED=False, EMIT=True, SLOTS=8, COMBINE=True
         ),
     ]
+    made.append(_variant("int4 g64 few tokens", "int4 g64", ONE=False))
+    made.append(_variant("fp8 silu 64 columns", "fp8", EPILOGUE="silu", COLS=64, ONE=False))
     for columns in (16, 32, 64):
         for name in ("int4 g64", "int8 channel", "int2 g32", "fp8", "nf4", "mxfp4", "nvfp4", "bf16"):
             if name == "int2 g32" and columns != 32:
@@ -234,7 +236,6 @@ def _variant(name: str, kind: str, *, half: str = "bf16", limit: float | None = 
     form, scale, group, zero, plane, _ = _KINDS[kind]
     values = tuple(math.tanh((i - 7.3) / 8) for i in range(16))
     dtype = torch.bfloat16 if half == "bf16" else torch.float16
-    one = changes.get("ONE", True)
     silu = changes.get("EPILOGUE") == "silu"
     w = Packed(
         kind=form, n=256, k=128, codes=torch.empty(256, 128, dtype=torch.int8), group=group, plane=plane,
@@ -251,12 +252,12 @@ def _variant(name: str, kind: str, *, half: str = "bf16", limit: float | None = 
         types=_POINTERS
         | {"x": sixteen, "emit": sixteen, "w": codes, "scale": scale}
         | ({"out": sixteen} if silu else {})
-        | {name: "i32" for name in _INTEGERS if name != "M" or not one},
+        | dict.fromkeys(_INTEGERS, "i32"),
         constants={
             **known, "EPILOGUE": "store", "NORMED": True, "SLOTS": 0, "SHARE": False, "COMBINE": False,
             "GROUPED": False, "ONE": True, "BIASED": False, "SCALED2": plane == 16, "EMIT": False, "PIECES": True,
             "ROWS": config.rows, "COLS": 8, "PARTS": 64, "STAGES": config.stages,
-            "CHUNK": w.pairs, **({"M": 1} if one else {}), **changes,
+            "CHUNK": w.pairs, **changes,
         },
         warps=config.warps,
         stages=config.stages,

@@ -62,7 +62,7 @@ def put_sums(y, inside, block, y_rows, there, sums, sums_stride, N):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x, x_stride, sums, sums_stride, w, scale, zero, table, scale2, bias, ssq, parts, eps, residual,
     out, out_stride, norm, emit, emit_stride, emit_sums, emit_sums_stride, emit_ssq, partial, counter,

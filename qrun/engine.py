@@ -81,8 +81,8 @@ class Engine:
         used_up = ran_out(error)
         if used_up is None:
             raise error
-        self._capture()  # without what was recorded, for it may be half of it
         let_go(error)
+        self._capture()  # without what was recorded, for it may be half of it
         self.cache.truncate(len(self.ids))
         return DoesNotFitError(
             f"{used_up} ran out in a context of {self.context} tokens, {len(self.ids)} of them read: use a smaller "

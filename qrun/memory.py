@@ -161,8 +161,6 @@ def packed_bytes(weight: Weight, recipe: Recipe) -> int:
         tile = 256 if scheme.bits == 2 else tile
     elif scheme.type == "fp32":
         return _layout_bytes(scheme, weight.shape)
-    elif scheme.type == "nvfp4":
-        tile = 64
     *lead, n, k = weight.shape
     return _layout_bytes(scheme, (*lead, n + -n % GPU_ROWS, k + -k % tile))
 

@@ -22,6 +22,8 @@ SCHEMES = {
     "int2 g32": WeightScheme("int", 2, 32, False),
     "fp8": WeightScheme("fp8", 8),
     "nf4": WeightScheme("nf4", 4),
+    "mxfp4": WeightScheme("mxfp4", 4),
+    "nvfp4": WeightScheme("nvfp4", 4),
 }
 
 
@@ -56,10 +58,10 @@ def test_linear(cuda: CUDABackend, plain: Backend, name: str, activations: str) 
     """A8 and fp8 activations are rounded where many tokens are multiplied, never for a few."""
     if activations != "16" and name not in ("int8", "fp8"):
         pytest.skip("16-bit activations are what other weights have")
-    w = weight(name, 140, 200)
+    w = weight(name, 140, 320)
     bias = vector(140)
     for tokens in (1, 9, 40, 70):
-        x = torch.randn(tokens, 200, device=DEVICE)
+        x = torch.randn(tokens, 320, device=DEVICE)
         kind = activations if tokens > 64 and activations == {"int8": "int8"}.get(name) else "16"
         found, wanted = cuda.linear(w, bias, activations=activations)(x), plain.linear(w, bias, activations=kind)(x)
         assert difference(found, wanted) < 4e-3 * SLACK
@@ -117,7 +119,7 @@ def test_ffn_block(cuda: CUDABackend, plain: Backend, name: str) -> None:
         assert difference(found, wanted) < 5e-3 * SLACK
 
 
-@pytest.mark.parametrize("name", ["bf16", "int4 g64", "fp8"])
+@pytest.mark.parametrize("name", ["bf16", "int4 g64", "fp8", "nvfp4"])
 @pytest.mark.parametrize("shared", ["none", "folded", "beside"])
 def test_moe_block(cuda: CUDABackend, plain: Backend, name: str, shared: str) -> None:
     experts, hidden, inner = 5, 96, 128
