@@ -118,7 +118,8 @@ class Engine:
 
     def rehearse(self) -> None:
         """Run what a first conversation runs, and forget it: long and short prompts, a step, both ways to choose."""
-        for tokens, temperature in ((self.backend.chunk, 0.0), (8, 0.8)):
+        # Prompts of each length class that a device may have a kernel of its own for.
+        for tokens, temperature in ((self.backend.chunk, 0.0), (48, 0.0), (24, 0.0), (12, 0.0), (6, 0.8)):
             prompt = [0] * max(1, min(tokens, self.context - 2))
             list(self.generate(prompt, max_tokens=2, temperature=temperature, top_k=40, loop_guard=False))
             self.reset()
