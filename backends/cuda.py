@@ -111,8 +111,8 @@ class CUDABackend(Backend):
         if spec.head_dim > 256 or not runs(weights.qkv, act) or not runs(weights.o, act):
             self._fall_back("attention")
             return super().attention_block(spec, weights)
-        qkv = self._bound(weights.qkv, weights.qkv_bias, spec.activations, "qkv")
-        o = self._bound(weights.o, weights.o_bias, spec.activations, "o")
+        qkv = self._bound(weights.qkv, weights.qkv_bias, act, "qkv")
+        o = self._bound(weights.o, weights.o_bias, act, "o")
         self.note("attention", "any", "triton, quantized cache in place")
         before, after = self._next()
         return AttentionBlock(

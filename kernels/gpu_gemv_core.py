@@ -10,6 +10,7 @@ own, and the last to finish adds them up, in order. How x was made and what y me
 import triton
 import triton.language as tl
 
+from qrun.kernels.gpu_norm import swiglu
 from qrun.kernels.gpu_tile import bytes_times, planes_times, spans, spans_at
 
 
@@ -30,8 +31,7 @@ def finish(acc, block, rows, x_rows, used, y_rows, there, bias, ssq, parts, eps,
     if EPILOGUE == "silu":
         both = acc.reshape(ROWS // (2 * CHUNK), 2, CHUNK, COLS)
         gate, up = tl.split(tl.permute(both, (0, 2, 3, 1)))
-        small = tl.exp(-tl.abs(gate))  # so that nothing overflows
-        y = (gate * tl.where(gate > 0, 1.0, small) / (1.0 + small) * up).to(HALF).reshape(ROWS // 2, COLS)
+        y = swiglu(gate, up).to(HALF).reshape(ROWS // 2, COLS)
         rows = block * (ROWS // 2) + tl.arange(0, ROWS // 2)
         inside = (rows < N // 2)[:, None] & there[None, :]
         tl.store(out + y_rows[None, :] * out_stride + rows[:, None], y, mask=inside)
@@ -145,30 +145,22 @@ def gemv_kernel(
         next_scales, next_zeros = spans_at(
             scale, zero, tl.minimum(first, TILES - 1), rows, NP, GROUP, ZERO, TILE, SPANS
         )
-    if KIND == "int2" or KIND == "int4" or KIND == "codebook":
-        STEP: tl.constexpr = PLANE // 2
-        codes = w + expert * NP * (TILES * STEP) + rows[:, None] * (TILES * STEP) + tl.arange(0, STEP)[None, :]
-        for t in tl.range(first, last, num_stages=STAGES):
-            scales, zeros = next_scales, next_zeros
-            if AHEAD:
-                next_scales, next_zeros = spans_at(
-                    scale, zero, tl.minimum(t + 1, last - 1), rows, NP, GROUP, ZERO, TILE, SPANS
-                )
-            held = tl.load(codes + t * STEP, eviction_policy="evict_first")
+    PLANES: tl.constexpr = KIND == "int2" or KIND == "int4" or KIND == "codebook"
+    STEP: tl.constexpr = PLANE // 2 if PLANES else (TILE // 4 if PTX != "" else TILE)  # elements of a row's tile
+    codes = w + expert * NP * (TILES * STEP) + rows[:, None] * (TILES * STEP) + tl.arange(0, STEP)[None, :]
+    for t in tl.range(first, last, num_stages=STAGES):
+        scales, zeros = next_scales, next_zeros
+        if AHEAD:
+            next_scales, next_zeros = spans_at(
+                scale, zero, tl.minimum(t + 1, last - 1), rows, NP, GROUP, ZERO, TILE, SPANS
+            )
+        held = tl.load(codes + t * STEP, eviction_policy="evict_first")
+        if PLANES:
             acc, off = planes_times(
                 acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scales, zeros, scale, zero,
                 rows, NP, table, KIND, GROUP, SCALE, ZERO, PLANE, PTX, ASM, ONE, AHEAD,
             )  # fmt: skip
-    else:
-        WIDE: tl.constexpr = TILE // 4 if PTX != "" else TILE
-        codes = w + expert * NP * (TILES * WIDE) + rows[:, None] * (TILES * WIDE) + tl.arange(0, WIDE)[None, :]
-        for t in tl.range(first, last, num_stages=STAGES):
-            scales, zeros = next_scales, next_zeros
-            if AHEAD:
-                next_scales, next_zeros = spans_at(
-                    scale, zero, tl.minimum(t + 1, last - 1), rows, NP, GROUP, ZERO, TILE, SPANS
-                )
-            held = tl.load(codes + t * WIDE, eviction_policy="evict_first")
+        else:
             acc, off = bytes_times(
                 acc, off, t, held, x, x_rows, x_stride, sums, s_rows, sums_stride, there, scales, zeros, scale, zero,
                 rows, NP, GROUPS, KIND, GROUP, SCALE, ZERO, TILE, PTX, ONE, AHEAD,

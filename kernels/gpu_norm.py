@@ -13,6 +13,13 @@ from qrun.kernels.gpu_bits import e4m3_encode, narrow, rint
 
 
 @triton.jit
+def swiglu(gate, up):
+    """silu(gate) · up, float32."""
+    small = tl.exp(-tl.abs(gate))  # so that nothing overflows
+    return gate * tl.where(gate > 0, 1.0, small) / (1.0 + small) * up
+
+
+@triton.jit
 def _values(x_ptr, start, H: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """Columns start … of a row, or, of PAIRS columns and the next in turn, silu of the one times the other."""
     k = start + tl.arange(0, BLOCK)
@@ -20,8 +27,7 @@ def _values(x_ptr, start, H: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.conste
         at = k // PAIRS * (2 * PAIRS) + k % PAIRS
         gate = tl.load(x_ptr + at, mask=k < H, other=0.0).to(tl.float32)
         up = tl.load(x_ptr + at + PAIRS, mask=k < H, other=0.0).to(tl.float32)
-        small = tl.exp(-tl.abs(gate))  # so that nothing overflows
-        x = gate * tl.where(gate > 0, 1.0, small) / (1.0 + small) * up
+        x = swiglu(gate, up)
     else:
         x = tl.load(x_ptr + k, mask=k < H, other=0.0).to(tl.float32)
     return x

@@ -1,6 +1,7 @@
 """The front door: a name becomes a ready Engine. It joins hub, checkpoint, memory, loader and backend."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -111,8 +112,24 @@ def _load(
             f"--strict: no kernel on {backend.name} for {ops}: choose another --quant or leave --strict out"
         )
     backend.prepare()
-    card = RunCard(
-        model=found.label,
+    notes += store.notes if store is not None else []
+    card = run_card(found.label, loader, forecast, begun=begun, from_store=stored is not None, notes=notes)
+    engine = Engine(
+        decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
+        generation_defaults=checkpoint.generation_config, context=room,
+    )  # fmt: skip
+    backend.warm_up(engine.rehearse)
+    return engine
+
+
+def run_card(
+    label: str, loader: Loader, forecast: memory.Forecast, *, begun: float, from_store: bool = False,
+    notes: Sequence[str] = (),
+) -> RunCard:  # fmt: skip
+    """What a finished load has made, as it began at ``begun`` by `time.perf_counter`."""
+    config, recipe, backend = loader.config, loader.recipe, loader.backend
+    return RunCard(
+        model=label,
         family=config.family,
         parameters=forecast.parameters,
         active_parameters=forecast.active,
@@ -121,21 +138,15 @@ def _load(
         activations=recipe.activations,
         kv=recipe.kv,
         kv_bytes_per_token=forecast.kv_per_token,
-        context=room,
+        context=forecast.context,
         backend=backend.name,
         device=backend.description,
         bindings=list(backend.bindings),
         weight_bytes=loader.loaded.weight_bytes,
         predicted_peak=forecast.peak_load,
-        measured_peak=resident.peak(place),
+        measured_peak=resident.peak(backend.device.type),
         load_seconds=time.perf_counter() - begun,
         quantize_seconds=loader.loaded.quantize_seconds,
-        from_store=stored is not None,
-        notes=[*notes, *(store.notes if store is not None else [])],
+        from_store=from_store,
+        notes=list(notes),
     )
-    engine = Engine(
-        decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
-        generation_defaults=checkpoint.generation_config, context=room,
-    )  # fmt: skip
-    backend.warm_up(engine.rehearse)
-    return engine

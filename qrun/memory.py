@@ -15,6 +15,7 @@ import torch
 from qrun.errors import DoesNotFitError
 from qrun.formats import format_of
 from qrun.formats.kv import kv_format
+from qrun.kernels.gpu_packed import ROW_ALIGN
 from qrun.models.config import ModelConfig
 from qrun.models.plan import Weight, plan
 from qrun.recipe import Recipe, WeightScheme
@@ -28,8 +29,6 @@ GPU_CHUNK: Final = 2048
 """Prompt tokens a forward there."""
 GPU_EXPANDED: Final = 256 << 20
 """Bytes of weights that are expanded at a time for many tokens there."""
-GPU_ROWS: Final = 128
-"""Weights are padded there to so many rows, and their columns to a tile."""
 KEPT_ITEMSIZE: Final = 4
 """Norms, biases and the router stay in float32."""
 SMALLER: Final = ("wint8", "wint4")
@@ -155,14 +154,14 @@ def packed_bytes(weight: Weight, recipe: Recipe) -> int:
     scheme = _scheme_of(weight, recipe)
     if scheme is None:
         return math.prod(weight.shape) * KEPT_ITEMSIZE
-    tile = GPU_ROWS
+    tile = ROW_ALIGN
     if scheme.type == "int":
         scheme = replace(scheme, bits=next(bits for bits in (2, 4, 8) if scheme.bits <= bits))
         tile = 256 if scheme.bits == 2 else tile
     elif scheme.type == "fp32":
         return _layout_bytes(scheme, weight.shape)
     *lead, n, k = weight.shape
-    return _layout_bytes(scheme, (*lead, n + -n % GPU_ROWS, k + -k % tile))
+    return _layout_bytes(scheme, (*lead, n + -n % ROW_ALIGN, k + -k % tile))
 
 
 def _scheme_of(weight: Weight, recipe: Recipe) -> WeightScheme | None:

@@ -18,6 +18,7 @@ import qrun.engine
 from qrun import resident
 from qrun.aliases import ALIASES, family, known_names
 from qrun.backends.base import Backend, Feed, FfnWeights
+from qrun.backends.cuda import CUDABackend
 from qrun.backends.cuda_matrix import pack, pack_stack, packs
 from qrun.backends.cuda_space import EXPANDED
 from qrun.cache import KVCache
@@ -25,6 +26,7 @@ from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, ModelNotFoundError
 from qrun.formats import format_of, kv_format
 from qrun.memory import (
+    GPU_CHUNK,
     GPU_EXPANDED,
     GPU_OVERHEAD,
     OVERHEAD,
@@ -183,7 +185,7 @@ def test_what_a_gpu_needs_beside() -> None:
     assert need.expanded_per_token == 2 * ERNIE_21B.kv_heads * ERNIE_21B.head_dim * 2
     beside = need.total - need.weights - need.kv - 4096 * need.expanded_per_token
     assert GPU_OVERHEAD + GPU_EXPANDED < beside < GPU_OVERHEAD + GPU_EXPANDED + 1e9
-    assert GPU_EXPANDED == 2 * EXPANDED
+    assert GPU_EXPANDED == 2 * EXPANDED and CUDABackend.chunk == GPU_CHUNK
     # Experts in 16 bits are copied a layer at a time, which is more than any tensor of theirs.
     layer = 64 * 3 * 2560 * 1536 * 2
     assert forecast(ERNIE_21B, BF16, device="cuda").loading > layer + need.largest + GPU_OVERHEAD

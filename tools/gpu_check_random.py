@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from qrun import memory, resident
+from qrun import memory
+from qrun.api import run_card
 from qrun.backends.base import Backend
 from qrun.bench import Test
 from qrun.cache import KVStore
@@ -25,7 +26,6 @@ from qrun.loader import Loader, is_tied
 from qrun.models import describe
 from qrun.models.plan import Weight, plan
 from qrun.recipe import Recipe
-from qrun.runcard import RunCard
 
 
 @dataclass(frozen=True)
@@ -98,27 +98,7 @@ def build(
     decoder = loader.load()
     if prepare:
         backend.prepare()
-    card = RunCard(
-        model=name,
-        family=config.family,
-        parameters=need.parameters,
-        active_parameters=need.active,
-        recipe=recipe.label,
-        roles=loader.loaded.roles,
-        activations=recipe.activations,
-        kv=recipe.kv,
-        kv_bytes_per_token=need.kv_per_token,
-        context=context,
-        backend=backend.name,
-        device=backend.description,
-        bindings=list(backend.bindings),
-        weight_bytes=loader.loaded.weight_bytes,
-        predicted_peak=need.peak_load,
-        measured_peak=resident.peak(backend.device.type),
-        load_seconds=time.perf_counter() - begun,
-        quantize_seconds=loader.loaded.quantize_seconds,
-        from_store=False,
-    )
+    card = run_card(name, loader, need, begun=begun)
     return Engine(
         decoder, backend, config=config, recipe=recipe, card=card, source=checkpoint.path,
         generation_defaults={}, context=context,
