@@ -1,6 +1,7 @@
 """Backends by name. The only place that names the device modules, and it imports them when asked, not before."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qrun.errors import BackendError
@@ -42,11 +43,26 @@ def pick(
     return CPUBackend(threads=threads, progress=progress)
 
 
-def describe_gpu() -> str:
-    """The GPU that `pick` uses, in a line; where it uses none, why."""
-    from qrun.backends.cuda_device import ELSE, summary
+@dataclass(frozen=True)
+class Found:
+    """Whether there is a GPU that the user has not hidden, whether it can be used, and a line on it or on why not."""
+
+    there: bool
+    usable: bool
+    about: str
+
+
+def find_gpu() -> Found:
+    """What `pick` would make of the GPU."""
+    from qrun.backends.cuda_device import ELSE, is_there, summary
 
     try:
-        return summary()
+        return Found(there=True, usable=True, about=summary())
     except BackendError as error:
-        return f"none used: {str(error).removesuffix(f', {ELSE}')}"
+        return Found(there=is_there(), usable=False, about=str(error).removesuffix(f", {ELSE}"))
+
+
+def describe_gpu() -> str:
+    """The GPU that `pick` uses, in a line; where it uses none, why."""
+    found = find_gpu()
+    return found.about if found.usable else f"none used: {found.about}"

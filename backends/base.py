@@ -4,7 +4,7 @@ Everything is bound once, at load: a method takes weights and returns the callab
 formats and kernels; it does not know models, tokens or files. One instance serves one loaded model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,9 +107,50 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
-Attend = Callable[[Tensor, LayerCache, Step], Tensor]
+class Attend(Protocol):
+    """An attention block: x -> x + o(attention(rope(qkv(norm(x))))), writing a layer's cache on the way."""
+
+    def __call__(self, x: Tensor, cache: LayerCache, step: Step, /) -> Tensor:
+        """x [S, H], consecutive tokens of one conversation."""
+        ...
+
+    def abreast(self, x: Tensor, caches: Sequence[LayerCache], steps: Sequence[Step], /) -> Tensor:
+        """x [B, H], the next token of each of B conversations, whose caches and steps (of one position) these are."""
+        ...
+
+
 Feed = Callable[[Tensor], Tensor]
 Binder = Callable[[QTensor, Tensor | None, str], tuple[Linear, str]]
+
+
+class PlainAttention:
+    """An `Attend` of single operations, a conversation after the other."""
+
+    def __init__(self, spec: AttentionSpec, weights: AttentionWeights, qkv: Linear, o: Linear) -> None:
+        self._spec, self._weights = spec, weights
+        self._qkv, self._o = qkv, o
+
+    def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        return x + self._o(self._attend(self._mixed(x), cache, step))
+
+    def abreast(self, x: Tensor, caches: Sequence[LayerCache], steps: Sequence[Step]) -> Tensor:
+        rows = torch.split(self._mixed(x), 1)
+        return x + self._o(torch.cat([self._attend(*each) for each in zip(rows, caches, steps, strict=True)]))
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Rows q, k, v of every head, [S, heads + 2·kv_heads, D]."""
+        mixed = self._qkv(reference.rms_norm(x, self._weights.norm, self._spec.eps))
+        return mixed.view(x.shape[0], -1, self._spec.head_dim)
+
+    def _attend(self, mixed: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        spec, weights = self._spec, self._weights
+        q, k, v = torch.split(mixed, [spec.heads, spec.kv_heads, spec.kv_heads], 1)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q = reference.rms_norm(q, weights.q_norm, spec.eps)
+            k = reference.rms_norm(k, weights.k_norm, spec.eps)
+        cache.write(step.positions, reference.rope(k, step.cos, step.sin), v)
+        q = reference.rope(q, step.cos, step.sin)
+        return reference.attend(q, cache.read, step.start, window=spec.window).flatten(1)
 
 
 class Backend:
@@ -185,23 +226,11 @@ class Backend:
         return lambda ids: table.rows(ids).to(self.dtype)
 
     def attention_block(self, spec: AttentionSpec, weights: AttentionWeights) -> Attend:
-        """Bind x [S, H] -> x + o(attention(rope(qkv(norm(x))))), writing this layer's cache on the way."""
+        """Bind x + o(attention(rope(qkv(norm(x)))))."""
         qkv = self.linear(weights.qkv, weights.qkv_bias, activations=spec.activations, op="qkv")
         o = self.linear(weights.o, weights.o_bias, activations=spec.activations, op="o")
         self.note("attention", "any", "torch, piecewise", fallback=False)
-        heads = [spec.heads, spec.kv_heads, spec.kv_heads]
-
-        def attend(x: Tensor, cache: LayerCache, step: Step) -> Tensor:
-            mixed = qkv(reference.rms_norm(x, weights.norm, spec.eps))
-            q, k, v = torch.split(mixed.view(x.shape[0], -1, spec.head_dim), heads, 1)
-            if weights.q_norm is not None and weights.k_norm is not None:
-                q = reference.rms_norm(q, weights.q_norm, spec.eps)
-                k = reference.rms_norm(k, weights.k_norm, spec.eps)
-            cache.write(step.positions, reference.rope(k, step.cos, step.sin), v)
-            q = reference.rope(q, step.cos, step.sin)
-            return x + o(reference.attend(q, cache.read, step.start, window=spec.window).flatten(1))
-
-        return attend
+        return PlainAttention(spec, weights, qkv, o)
 
     def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
         """Bind x [S, H] -> x + down(silu(gate) * up) of norm(x)."""

@@ -19,9 +19,9 @@ from qrun.backends.base import (
     MoESpec,
     MoEWeights,
 )
-from qrun.backends.cpu_attention import AttentionStep, AttentionSweep
+from qrun.backends.cpu_attention import Attention
 from qrun.backends.cpu_matrix import Matrix, Workspace, matrix, padded, row_of
-from qrun.backends.cpu_moe import MoEStep, MoESweep
+from qrun.backends.cpu_moe import FEW, MoEFew, MoEStep, MoESweep, Router
 from qrun.formats import QTensor
 from qrun.kernels import reference
 from qrun.kernels.cpu_pool import FIRST, HOME, Pool, Program, aligned
@@ -113,10 +113,8 @@ class CPUBackend(Backend):
         o = self._matrix(weights.o, weights.o_bias, spec.activations, "o")
         if qkv is None or o is None:
             return super().attention_block(spec, weights)
-        one = AttentionStep(self.pool, self.workspace, spec, weights, qkv, o)
-        many = AttentionSweep(self.pool, self.workspace, spec, weights, qkv, o)
         self.note("attention", "any", "numba, quantized cache in place")
-        return lambda x, cache, step: one(x, cache, step) if x.shape[0] == 1 else many(x, cache, step)
+        return Attention(self.pool, self.workspace, spec, weights, qkv, o)
 
     def ffn_block(self, eps: float, weights: FfnWeights, *, activations: str = "16") -> Feed:
         gate_up = self._matrix(weights.gate_up, weights.gate_up_bias, activations, "gate_up")
@@ -144,8 +142,14 @@ class CPUBackend(Backend):
             widen = self.linear(weights.shared_gate_up, weights.shared_gate_up_bias, activations=activations)
             narrow = self.linear(weights.shared_down, weights.shared_down_bias, activations=activations)
             beside = lambda h: narrow(reference.silu_mul(widen(h)))  # noqa: E731
-        many = MoESweep(self.pool, self.workspace, eps, spec, weights, gate_up, down, beside)
-        return lambda x: one(x) if x.shape[0] == 1 else many(x)
+        router = Router(eps, spec, weights, beside)
+        few = MoEFew(self.pool, self.workspace, router, gate_up, down)
+        many = MoESweep(self.pool, self.workspace, router, gate_up, down)
+
+        def feed(x: Tensor) -> Tensor:
+            return one(x) if x.shape[0] == 1 else few(x) if x.shape[0] <= FEW else many(x)
+
+        return feed
 
     def _ffn_one(self, norm: Tensor, eps: float, gate_up: Matrix, down: Matrix) -> Feed:
         program = Program(4)

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from qrun.formats import AffineFormat, PlainFormat, QTensor
-from qrun.kernels import cpu_gemm, cpu_gemm_plain, cpu_gemv, cpu_moe, cpu_norm, cpu_plain
+from qrun.kernels import cpu_few, cpu_gemm, cpu_gemm_plain, cpu_gemv, cpu_moe, cpu_norm, cpu_plain, cpu_tile
 from qrun.kernels.cpu_pool import FIRST, Array, Program, aligned
 
 LIMITS = {"16": 32639, "32": 32639, "int8": 127}
 """Activations -> the largest magnitude of their integer codes: 32639 = 127·256 + 127 fills both byte planes."""
+
+IN_PLACE = 26
+"""Where the rows for many tokens have the arguments of `cpu_gemv`."""
+ROWS = math.lcm(cpu_few.TOKENS, cpu_tile.TOKENS)
+"""Activations have room for a multiple of it, for kernels take several tokens at once."""
 
 
 def padded(count: int, multiple: int) -> int:
@@ -83,12 +88,19 @@ class Matrix(ABC):
     def aim(self, program: Program, feed: int, multiply: int, x: int, tokens: int, out: int, residual: int = 0) -> None:
         """Point both rows at this call's x [tokens, K], out [tokens, N or pairs] and residual: contiguous float32."""
 
+    @abstractmethod
+    def aim_experts(
+        self, program: Program, feed: int, multiply: int, x: int, count: int, stride: int | None = None
+    ) -> None:
+        """Point a `feed_many` row at x [count, K], rows ``stride`` bytes apart, and a `multiply_experts` row at what
+        becomes of it."""
+
     def choose(self, program: Program, multiply: int, expert: int) -> None:
         """Point a `multiply_many` row at one expert of a stack."""
         for index, tensor in ((0, self.weight.codes), (3, self.weight.scale), (4, self.weight.zero)):
             if tensor is not None:
                 place = tensor.data_ptr() + expert * tensor.stride(0) * tensor.element_size()
-                program.words[multiply, FIRST + index] = place
+                program.words[multiply, [FIRST + index, FIRST + IN_PLACE + index]] = place
 
 
 class Slots:
@@ -123,6 +135,11 @@ class IntegerMatrix(Matrix):
         self.spans = self.full // cpu_gemv.SPAN
         self.sums = padded(max(self.groups, self.full // self.group + 1), 16)
         self.lanes = cpu_gemv.lane_groups(self.per, form.group) if form.group else None
+        planes = 1 if self.limit == 127 else 2
+        self.many = cpu_gemm.affine(self.per, form.group != 0, planes)
+        self.few = cpu_few.grouped(self.per) if form.group else cpu_few.affine(self.per, planes)
+        self.up_to = cpu_few.FEW_GROUPED if form.group else cpu_few.FEW
+        self.run = 16 * form.group // (64 * self.per)
         # Rows not a power of two apart, or all of a tile's tokens would fall into the same cache sets.
         self.stride = 2 * self.full + 128
 
@@ -144,22 +161,20 @@ class IntegerMatrix(Matrix):
 
     def multiply(self, program: Program, out: object, *, residual: object = None, pairs: Array | None = None) -> Slots:
         form, weight = self.form, self.weight
-        run = 16 * form.group // (64 * self.per)
         row = program.add(
             cpu_gemv.affine(self.per, form.group != 0), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
             float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
-            128 if form.signed else 0, run, self.rows if pairs is None else self.rows // 2, out, self.bias, residual,
-            pairs,
+            128 if form.signed else 0, self.run, self.rows if pairs is None else self.rows // 2, out, self.bias,
+            residual, pairs,
         )  # fmt: skip
         return Slots(program.words[row], 14, 16)
 
     def multiply_experts(self, program: Program, kind: Callable[[int, bool], int]) -> int:
         form, weight = self.form, self.weight
-        run = 16 * form.group // (64 * self.per)
         return program.add(
             kind(self.per, form.group != 0), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
             float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
-            128 if form.signed else 0, run,
+            128 if form.signed else 0, self.run,
         )  # fmt: skip
 
     def feed_slots(self, program: Program, x: object, stride: int, count: int) -> tuple[int, int, int]:
@@ -184,8 +199,7 @@ class IntegerMatrix(Matrix):
     def multiply_many(self, program: Program, *, pairs: bool = False) -> int:
         form, weight = self.form, self.weight
         row = program.add(
-            cpu_gemm.affine(self.per, form.group != 0, 1 if self.limit == 127 else 2),
-            weight.codes, self.row, self.blocks, weight.scale, weight.zero, float(2 ** (form.bits - 1)),
+            self.many, weight.codes, self.row, self.blocks, weight.scale, weight.zero, float(2 ** (form.bits - 1)),
             0, self.stride, 0, 4 * self.spans, 0, 4 * self.sums, self.groups, self.group, 128 if form.signed else 0,
             self.rows // 2 if pairs else self.rows, 0, 0, 0, self.bias, 0, int(pairs),
         )  # fmt: skip
@@ -193,21 +207,36 @@ class IntegerMatrix(Matrix):
         program.put(row, 22, self.workspace("tiles", self.workspace.threads * size))
         program.put(row, 23, size)
         program.put(row, 24, math.gcd(self.group, 64 * self.per))
+        for index, value in {9: self.groups, 10: self.lanes, 11: 128 if form.signed else 0, 12: self.run}.items():
+            program.put(row, IN_PLACE + index, value)
+        for index in range(6):
+            program.words[row, FIRST + IN_PLACE + index] = program.words[row, FIRST + index]
         return row
 
     def aim(self, program: Program, feed: int, multiply: int, x: int, tokens: int, out: int, residual: int = 0) -> None:
-        space, rows = self.workspace, padded(tokens, 6)
-        planes, scales = space("planes", rows * self.stride), space("scales", 4 * rows * self.spans)
-        sums = space("sums", 4 * rows * self.sums)
-        words = program.words[feed]
-        words[FIRST : FIRST + 3] = x, 4 * self.columns, tokens
-        words[FIRST + 9], words[FIRST + 11], words[FIRST + 13] = planes, scales, sums
-        words[FIRST + 15] = space("row", 4 * self.full * space.threads)
+        program.table[multiply, 0] = self.few if tokens <= self.up_to else self.many
         words = program.words[multiply]
-        words[FIRST + 6], words[FIRST + 8], words[FIRST + 10] = planes, scales, sums
+        words[[FIRST + 6, FIRST + 8, FIRST + 10]] = self._aim_feed(program.words[feed], x, tokens, 4 * self.columns)
         words[FIRST + 16 : FIRST + 19] = tokens, out, 4 * words[FIRST + 15]
         words[FIRST + 20] = residual
-        words[FIRST + 22] = space("tiles", int(words[FIRST + 23]) * space.threads)
+        words[FIRST + 22] = self.workspace("tiles", int(words[FIRST + 23]) * self.workspace.threads)
+
+    def aim_experts(
+        self, program: Program, feed: int, multiply: int, x: int, count: int, stride: int | None = None
+    ) -> None:
+        words = program.words[multiply]
+        words[FIRST + 6 : FIRST + 9] = self._aim_feed(program.words[feed], x, count, stride or 4 * self.columns)
+        words[FIRST + 24 : FIRST + 27] = self.stride, 4 * self.spans, 4 * self.sums
+
+    def _aim_feed(self, words: Array, x: int, count: int, stride: int) -> tuple[int, int, int]:
+        """Point a `feed_many` row; returns where it leaves planes, scales and sums."""
+        space, rows = self.workspace, padded(count, ROWS)
+        planes, scales = space("planes", rows * self.stride), space("scales", 4 * rows * self.spans)
+        sums = space("sums", 4 * rows * self.sums)
+        words[FIRST : FIRST + 3] = x, stride, count
+        words[[FIRST + 9, FIRST + 11, FIRST + 13]] = planes, scales, sums
+        words[FIRST + 15] = space("row", 4 * self.full * space.threads)
+        return planes, scales, sums
 
 
 class PlainMatrix(Matrix):
@@ -219,6 +248,7 @@ class PlainMatrix(Matrix):
         self.kernel = f"numba {'bf16' if self.bf16 else 'fp32'}×fp32 fma"
         self.x = aligned(padded(self.columns, 32), np.float32)
         self.stride = 4 * padded(self.columns, 16) + 64  # not a power of two apart
+        self.few, self.many, self.up_to = cpu_few.plain(self.bf16), cpu_gemm_plain.plain(self.bf16), cpu_few.FEW
 
     @staticmethod
     def takes(weight: QTensor, activations: str) -> bool:
@@ -254,21 +284,31 @@ class PlainMatrix(Matrix):
 
     def multiply_many(self, program: Program, *, pairs: bool = False) -> int:
         return program.add(
-            cpu_gemm_plain.plain(self.bf16), self.weight.codes, self.columns, 0, self.stride,
+            self.many, self.weight.codes, self.columns, 0, self.stride,
             self.rows // 2 if pairs else self.rows, 0, 0, 0, self.bias, 0, int(pairs), 0,
             cpu_gemm_plain.scratch_size(self.columns),
         )  # fmt: skip
 
     def aim(self, program: Program, feed: int, multiply: int, x: int, tokens: int, out: int, residual: int = 0) -> None:
-        floats = self.workspace("floats", padded(tokens, 6) * self.stride)
-        words = program.words[feed]
-        words[FIRST : FIRST + 3] = x, 4 * self.columns, tokens
-        words[FIRST + 6] = floats
+        program.table[multiply, 0] = self.few if tokens <= self.up_to else self.many
         words = program.words[multiply]
-        words[FIRST + 2] = floats
+        words[FIRST + 2] = self._aim_feed(program.words[feed], x, tokens, 4 * self.columns)
         words[FIRST + 5 : FIRST + 8] = tokens, out, 4 * words[FIRST + 4]
         words[FIRST + 9] = residual
         words[FIRST + 11] = self.workspace("tiles", int(words[FIRST + 12]) * self.workspace.threads)
+
+    def aim_experts(
+        self, program: Program, feed: int, multiply: int, x: int, count: int, stride: int | None = None
+    ) -> None:
+        words = program.words[multiply]
+        words[FIRST + 2] = self._aim_feed(program.words[feed], x, count, stride or 4 * self.columns)
+        words[FIRST + 24] = self.stride
+
+    def _aim_feed(self, words: Array, x: int, count: int, stride: int) -> int:
+        """Point a `feed_many` row; returns where it leaves the rows."""
+        words[FIRST : FIRST + 3] = x, stride, count
+        words[FIRST + 6] = self.workspace("floats", padded(count, ROWS) * self.stride)
+        return int(words[FIRST + 6])
 
 
 def matrix(weight: QTensor, bias: Tensor | None, activations: str, workspace: Workspace) -> Matrix | None:

@@ -1,5 +1,7 @@
 """The blocks of a decoder on a GPU: a token in four launches of attention and two of the MLP, many through cuBLAS."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def side(store: KVStore) -> Side:
 
 
 class AttentionBlock:
-    """x [M, H] -> x + o(attention(rope(qkv(norm(x)))))."""
+    """The attention block, an `Attend`."""
 
     def __init__(
         self, spec: AttentionSpec, weights: AttentionWeights, products: tuple[Product, Product], space: Space, *,
@@ -51,9 +53,25 @@ class AttentionBlock:
             self._attend_one(mixed, step, sides, attended)
         else:
             self._attend_many(mixed, step, sides, attended.x)
-        if tokens > 1 or spec.head_dim % 32:
+        return self._leave(x, attended, summed=tokens == 1 and spec.head_dim % 32 == 0)
+
+    def abreast(self, x: Tensor, caches: Sequence[LayerCache], steps: Sequence[Step]) -> Tensor:
+        """At most `MOST` conversations: products of all at once, attention one after the other."""
+        tokens, spec = x.shape[0], self._spec
+        mixed = self._space.floats("mixed", tokens, self._qkv.weight.n)
+        self._qkv.few(self._before.operand(x, self._norm), mixed, eps=spec.eps)
+        attended = self._space.operand("attended", tokens, spec.heads * spec.head_dim)
+        for b, (cache, step) in enumerate(zip(caches, steps, strict=True)):
+            here = slice(b, b + 1)
+            row = Operand(x=attended.x[here], sums=attended.sums[here], width=attended.width)
+            self._attend_one(mixed[here], step, (side(cache.k), side(cache.v)), row)
+        return self._leave(x, attended, summed=spec.head_dim % 32 == 0)
+
+    def _leave(self, x: Tensor, attended: Operand, *, summed: bool) -> Tensor:
+        """x + o(attended), whose sums attention may have left itself."""
+        if not summed:
             gpu_norm.prepare(attended.x, None, xw=attended.x, sums=attended.sums)
-        out = self._space.floats("after attention", tokens, x.shape[1])
+        out = self._space.floats("after attention", *x.shape)
         return self._o.few(attended, out, epilogue="residual", residual=x, link=self._after)
 
     def _append(self, mixed: Tensor, step: Step, sides: tuple[Side, Side]) -> Tensor:

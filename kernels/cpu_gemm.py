@@ -20,6 +20,7 @@ from qrun.kernels.cpu_simd import (
     get_f32,
     get_u8,
     load_f32,
+    prefetch,
     set_f32,
     shr_bytes,
     splat,
@@ -99,6 +100,7 @@ def _unpack(per, a, first, packed, temp):
             for j in range(per):
                 for c in range(16):
                     source = codes + source_row(corner + c, first, count, pairs) * row + 64 * t
+                    prefetch(source + 16 * row)
                     w = block(source, row - 64 * t)
                     if per == 1:
                         w = xor_bytes(w, splat_bytes(flip))

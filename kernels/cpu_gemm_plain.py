@@ -6,7 +6,7 @@ from functools import cache
 from qrun.kernels.cpu_gemm import BATCH, finish, source_row
 from qrun.kernels.cpu_plain import load_plain, load_plain_first
 from qrun.kernels.cpu_pool import arg, inline, kernel, more, take
-from qrun.kernels.cpu_simd import store_f32
+from qrun.kernels.cpu_simd import prefetch, store_f32
 from qrun.kernels.cpu_tile import TOKENS, WIDTH, tile_fma, tile_load, tile_store, transpose, zero_floats
 
 DEPTH = 256  # columns of a tile's weights that stay in the first-level caches while all tokens pass
@@ -25,6 +25,7 @@ def _unpack(bf16, a, first, packed, temp):
         for k in range(0, columns, 16):
             for c in range(16):
                 at = arg(a, 0) + size * (source_row(corner + c, first, count, pairs) * columns + k)
+                prefetch(at + 16 * size * columns)
                 if columns - k >= 16:
                     store_f32(temp + 64 * c, load_plain(bf16, at))
                 else:

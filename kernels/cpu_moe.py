@@ -1,4 +1,8 @@
-"""One token through the chosen experts of a stacked weight [E, N, K]: expert e's rows begin at row e·N."""
+"""A few tokens through the chosen experts of a stacked weight [E, N, K]: expert e's rows begin at row e·N.
+
+A slot is a token at an expert. Slots come in the order of their experts, so that what one reads the next finds in the
+cache.
+"""
 # pyright: basic
 
 from functools import cache
@@ -16,11 +20,11 @@ _f32 = np.float32
 
 
 @inline
-def _rows(per, by_group, a, slot, first, n, stop, last, out):
-    """Rows n … stop-1 of a weight as `cpu_gemv` (per 1, 2, 4) or `cpu_plain` (BF16, FP32) take them, for slot's
-    activations."""
+def _rows(per, by_group, a, place, first, n, stop, last, out):
+    """Rows n … stop-1 of a weight as `cpu_gemv` (per 1, 2, 4) or `cpu_plain` (BF16, FP32) take them, for the
+    activations in a place."""
     if per >= BF16:
-        w, columns, x = arg(a, 0), arg(a, 1), arg(a, 2) + slot * arg(a, 24)
+        w, columns, x = arg(a, 0), arg(a, 1), arg(a, 2) + place * arg(a, 24)
         for i in range(n, stop, 4):
             n0, n1 = first + min(i, last), first + min(i + 1, last)
             cpu_plain.four(
@@ -28,9 +32,9 @@ def _rows(per, by_group, a, slot, first, n, stop, last, out):
             )
     else:
         planes, spans, sums = (
-            arg(a, 6) + slot * arg(a, 24),
-            arg(a, 7) + slot * arg(a, 25),
-            arg(a, 8) + slot * arg(a, 26),
+            arg(a, 6) + place * arg(a, 24),
+            arg(a, 7) + place * arg(a, 25),
+            arg(a, 8) + place * arg(a, 26),
         )
         cpu_gemv.rows(per, by_group, a, planes, spans, sums, first, n, stop, last, out)
 
@@ -82,25 +86,30 @@ def route() -> int:
 
 @cache
 def widen(per: int, by_group: bool) -> int:
-    """Kernel: silu(gate)·up of every chosen expert, for one and the same x.
+    """Kernel: silu(gate)·up of every slot.
 
-    Arguments: those of the weight's own kernel up to 12; 20 experts, 21 k, 22 pairs, 23 out, 24-26 zero, 27 scratch
-    [k, 2 · pairs padded to 16], 28 pairs padded to 16 (out's and scratch's stride), 29 rows an expert.
+    Arguments: those of the weight's own kernel up to 12; 20 experts, 21 slots, 22 pairs, 23 out, 24-26 bytes between
+    the tokens' activations, 27 scratch [slots, 2 · pairs padded to 16], 28 pairs padded to 16 (out's and scratch's
+    stride), 29 rows an expert, 30 the slots' tokens int64, or none where there is one.
     """
 
     @kernel
     def run(a, thread, job):
         experts, pairs, wide = arg(a, 20), arg(a, 22), arg(a, 28)
         chunks = (pairs + CHUNK - 1) // CHUNK
-        units = arg(a, 21) * chunks
+        slots, tokens = arg(a, 21), arg(a, 30)
+        units = slots * chunks
         unit = take(a, job, units, 1)
         while unit < units:
-            slot, n = unit // chunks, unit % chunks * CHUNK
+            slot, n, token = unit // chunks, unit % chunks * CHUNK, 0
+            if tokens != 0:
+                slot, n = unit % slots, unit // slots * CHUNK
+                token = get_i64(tokens + 8 * slot)
             first = get_i64(experts + 8 * slot) * arg(a, 29)
             gate = arg(a, 27) + 8 * wide * slot
             stop = min(n + CHUNK, pairs)
-            _rows(per, by_group, a, 0, first, n, stop, pairs - 1, gate)
-            _rows(per, by_group, a, 0, first + pairs, n, stop, pairs - 1, gate + 4 * wide)
+            _rows(per, by_group, a, token, first, n, stop, pairs - 1, gate)
+            _rows(per, by_group, a, token, first + pairs, n, stop, pairs - 1, gate + 4 * wide)
             silu_pairs(gate + 4 * n, gate + 4 * (wide + n), arg(a, 23) + 4 * (wide * slot + n))
             unit = more(a, job, units, 1, unit)
         return units
@@ -110,10 +119,11 @@ def widen(per: int, by_group: bool) -> int:
 
 @cache
 def narrow(per: int, by_group: bool) -> int:
-    """Kernel: out += the weighted sum of every chosen expert's rows times its own activations.
+    """Kernel: out = residual + the weighted sum of a token's experts' rows times its slots' own activations.
 
-    Arguments: those of the weight's own kernel up to 12; 20 experts, 21 k, 22 rows an expert, 23 out, 24-26 bytes
-    between the slots' activations, 27 scratch [threads, 16], 28 weights [k], 29 residual (may be out).
+    Arguments: those of the weight's own kernel up to 12; 20 experts, 21 slots, 22 rows an expert, 23 out, 24-26 bytes
+    between the slots' activations, 27 scratch [threads, 16], 28 weights [slots], 29 residual (may be out), 30 the
+    slots' tokens int64, or none where there is one, 31 tokens, 32 bytes between out's rows and residual's.
     """
 
     @kernel
@@ -123,14 +133,19 @@ def narrow(per: int, by_group: bool) -> int:
         n = take(a, job, count, CHUNK)
         while n < count:
             stop = min(n + CHUNK, count)
-            for i in range(n, stop):
-                set_f32(out + 4 * i, get_f32(arg(a, 29) + 4 * i))
+            for token in range(arg(a, 31)):
+                row = token * arg(a, 32)
+                for i in range(n, stop):
+                    set_f32(out + row + 4 * i, get_f32(arg(a, 29) + row + 4 * i))
             for slot in range(arg(a, 21)):
+                sums = out
+                if arg(a, 30) != 0:
+                    sums += arg(a, 32) * get_i64(arg(a, 30) + 8 * slot)
                 first = get_i64(experts + 8 * slot) * count
                 weight = get_f32(weights + 4 * slot)
                 _rows(per, by_group, a, slot, first, n, stop, count - 1, temp - 4 * n)
                 for i in range(n, stop):
-                    set_f32(out + 4 * i, get_f32(out + 4 * i) + weight * get_f32(temp + 4 * (i - n)))
+                    set_f32(sums + 4 * i, get_f32(sums + 4 * i) + weight * get_f32(temp + 4 * (i - n)))
             n = more(a, job, count, CHUNK, n)
         return count
 

@@ -116,7 +116,7 @@ def _load(
     card = run_card(found.label, loader, forecast, begun=begun, from_store=stored is not None, notes=notes)
     engine = Engine(
         decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
-        generation_defaults=checkpoint.generation_config, context=room,
+        generation_defaults=checkpoint.generation_config, context=room, identity=checkpoint.identity,
     )  # fmt: skip
     backend.warm_up(engine.rehearse)
     return engine

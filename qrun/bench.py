@@ -1,30 +1,34 @@
 """Speed and memory of a model, as numbers: prompt processing and token generation, per recipe and cache format.
 
 The tests are llama-bench's: `pp512` reads 512 tokens, `tg128` makes 128 one by one, `@ d4096` starts behind 4096 that
-are already in the cache. Token ids are random, sampling is greedy. It prints nothing.
+are already in the cache. Token ids are random, sampling is greedy. What is compared takes turns, so that whatever
+else the machine does meanwhile falls on all of it alike. It prints nothing.
 """
 
-import gc
 import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import torch
 
-from qrun.api import load
 from qrun.bandwidth import GPU_SIZE, read_bandwidth
+from qrun.contender import Contender, fit_beside
 from qrun.engine import Engine
 from qrun.errors import UsageError
+from qrun.eval import evaluate
 from qrun.loader import Progress
 from qrun.memory import available
 from qrun.recipe import Recipe
-from qrun.resident import peak, reset_peak
 from qrun.sampler import Sampling
 
+NOISE: Final = 0.05
+"""A test whose runs vary or drift by more was disturbed."""
+QUALITY_TOKENS: Final = 2048
+"""Tokens that the quality beside the speed is measured on: a first impression, where `qrun.eval` takes a whole text."""
 _TEST: Final = re.compile(r"(pp|tg)(\d+)(?:\s*@\s*d(\d+))?")
 
 
@@ -71,6 +75,7 @@ class BenchRow:
     size: int
     parameters: int
     backend: str
+    device: str
     threads: int | None
     """The CPU's; none where another device computes."""
     recipe: str
@@ -80,16 +85,33 @@ class BenchRow:
     std: float
     median: float
     samples: tuple[float, ...]
+    """In the order of the runs."""
+    variation: float
+    """``std`` over ``mean``."""
+    drift: float
+    """By how much the second half of the samples is faster than the first, in medians; 0 for fewer than 4."""
+    noisy: bool
+    """Either is over 5 %: other programs ran, or the clock changed."""
+    in_turns: bool
+    """Whether the whole sweep was loaded and all recipes took turns; else only the tests of each did."""
     first_token_seconds: float | None
     """Median seconds from the prompt to its first token; none for tg, whose prompt is one token."""
     load_seconds: float
+    quantize_seconds: float | None
+    """Those of them in which weights were read and quantized; none where none had to be."""
+    from_store: bool
+    """The quantized weights were on disk, from an earlier load."""
     peak_memory: int
-    """Most bytes of the GPU, or resident ones of this process, while this recipe was loaded and run (where the system
-    cannot count anew: since the process began)."""
+    """Most bytes of the GPU, or resident ones of this process, while this recipe was loaded and run. Of engines loaded
+    together each is counted as if it were alone (where the system cannot count anew: since the process began)."""
     bandwidth: float
     """Measured bytes per second that the device reads; 0 where it was not measured."""
     bandwidth_share: float | None
     """Bytes a token must read, times tokens per second, over ``bandwidth``; none for pp, which reads weights once."""
+    text: str | None = None
+    """What the quality was measured on, as `qrun.eval` names it; none, like the next two, where it was not."""
+    kl_mean: float | None = None
+    top1: float | None = None
 
 
 DEFAULT_TESTS: Final = (Test("pp", 512), Test("tg", 128))
@@ -102,14 +124,21 @@ def run(
     kvs: Sequence[str | None] = (None,),
     tests: Sequence[Test] = DEFAULT_TESTS,
     repeats: int = 5,
+    quality: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[BenchRow]:
-    """Time every test at every recipe and cache format; each row comes as soon as it is measured.
+    """Time every test at every recipe and cache format; the rows of a format and depth come together.
 
-    ``kvs`` of None is the recipe's own. Every test runs once unmeasured, then ``repeats`` times. ``options`` go to
-    `qrun.load` (device, threads, cache, offline …); the context is what the tests need unless given there. ``progress``
-    is called as the loader's is: with what is done, how much of it, and of how much (0: unknown).
+    Every recipe is loaded before the first test if memory is enough for all of them, and the recipes take turns; else
+    they come one after another, and only the tests of each take turns.
+
+    Args:
+        kvs: cache formats for every recipe; None is the recipe's own.
+        repeats: measured runs a test, after one to warm up.
+        quality: measure KL divergence and top-1 agreement with BF16 too, beforehand.
+        progress: called as the loader's is: with what is done, how much of it, and of how much (0: unknown).
+        options: go to `qrun.load` (device, threads, cache, offline …); the context is what the tests need unless given.
 
     Raises:
         QrunError: whatever loading raises; UsageError for an empty sweep.
@@ -117,26 +146,46 @@ def run(
     if repeats < 1 or not tests or not quants or not kvs:
         raise UsageError("nothing to measure: give at least one recipe, one test and one repetition")
     say: Progress = progress or (lambda what, done, total: None)
-    options.setdefault("context", max(test.context for test in tests))
-    bandwidth: float | None = None
     recipes = [quant if isinstance(quant, Recipe) else Recipe.parse(quant) for quant in quants]
-    for recipe in recipes:
-        reset_peak()
-        engine = load(model, quant=recipe, progress=progress, **options)
-        if bandwidth is None:
+    measured = evaluate(model, recipes, kvs, max_tokens=QUALITY_TOKENS, progress=progress, **options) if quality else []
+    judged = {(row.recipe, row.kv): {"text": row.text, "kl_mean": row.kl_mean, "top1": row.top1} for row in measured}
+    options.setdefault("context", max(test.context for test in tests))
+    contenders: list[Contender] = []
+    bandwidth, in_turns = 0.0, True
+    for i, recipe in enumerate(recipes):
+        contenders.append(Contender.load(model, recipe, beside=contenders, progress=progress, **options))
+        if i == 0:
             say("measuring how fast this machine reads memory", 0, 0)
-            bandwidth = _bandwidth(engine)
-            reset_peak(engine.backend.device.type)  # of loading the card knows
-        for kv in kvs:
-            engine.set_kv(f"k{recipe.k}v{recipe.v}" if kv is None else kv)
-            for test in tests:
-                samples: list[Sample] = []
-                for turn in range(repeats + 1):
-                    say(f"{recipe.name}, kv {engine.card.kv}: {test}", turn, repeats)
-                    samples.append(measure(engine, test, turn=turn))
-                yield _row(engine, test, samples[1:], bandwidth)
-        del engine
-        gc.collect()  # the next one needs its memory
+            bandwidth = _bandwidth(contenders[0].engine)
+            in_turns = len(recipes) == 1 or fit_beside(contenders[0].engine, recipes, kvs)
+        if in_turns and i < len(recipes) - 1:
+            continue
+        for row in _rounds(contenders, kvs, tests, repeats, bandwidth, say):
+            found: dict[str, Any] = judged.get((row.recipe, row.kv), {})
+            yield replace(row, in_turns=in_turns, **found)
+        contenders.clear()  # the next one needs its memory
+
+
+def _rounds(
+    contenders: Sequence[Contender], kvs: Sequence[str | None], tests: Sequence[Test], repeats: int, bandwidth: float,
+    say: Progress,
+) -> Iterator[BenchRow]:  # fmt: skip
+    """Let everything at one cache format and depth run once and unmeasured, then ``repeats`` times; then its rows."""
+    for kv in kvs:
+        for contender in contenders:
+            contender.set_kv(kv)
+        for depth in dict.fromkeys(test.depth for test in tests):  # apart, since the tokens up to there are kept
+            pairs = [(contender, test) for contender in contenders for test in tests if test.depth == depth]
+            samples: list[list[Sample]] = [[] for _ in pairs]
+            for done in range((repeats + 1) * len(pairs)):
+                round_, i = divmod(done, len(pairs))
+                contender, test = pairs[i]
+                card = contender.engine.card
+                say(f"{card.recipe}, kv {card.kv}: {test}", done, (repeats + 1) * len(pairs))
+                with contender.turn() as engine:
+                    samples[i].append(measure(engine, test, turn=round_))
+            for (contender, test), found in zip(pairs, samples, strict=True):
+                yield _row(contender, test, found[1:], bandwidth)
 
 
 def _bandwidth(engine: Engine) -> float:
@@ -187,28 +236,39 @@ def bytes_per_token(engine: Engine, position: int = 0) -> float:
     return weights + position * engine.card.kv_bytes_per_token
 
 
-def _row(engine: Engine, test: Test, samples: Sequence[Sample], bandwidth: float) -> BenchRow:
-    card, device = engine.card, engine.backend.device.type
+def _row(contender: Contender, test: Test, samples: Sequence[Sample], bandwidth: float) -> BenchRow:
+    engine, card = contender.engine, contender.engine.card
     speeds = tuple(test.tokens / sample.seconds for sample in samples)
-    median = statistics.median(speeds)
+    mean, median = statistics.fmean(speeds), statistics.median(speeds)
+    std = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
+    half = len(speeds) // 2
+    drift = statistics.median(speeds[-half:]) / statistics.median(speeds[:half]) - 1 if half > 1 else 0.0
     decoding = test.kind == "tg"
     read = bytes_per_token(engine, test.depth + test.tokens // 2)
+    quantizes = any(line.scheme not in ("bf16", "fp32") for line in card.roles)
     return BenchRow(
         model=card.model,
         size=card.weight_bytes,
         parameters=card.parameters,
         backend=card.backend,
-        threads=torch.get_num_threads() if device == "cpu" else None,
+        device=card.device,
+        threads=torch.get_num_threads() if contender.device == "cpu" else None,
         recipe=card.recipe,
         kv=card.kv,
         test=str(test),
-        mean=statistics.fmean(speeds),
-        std=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        mean=mean,
+        std=std,
         median=median,
         samples=speeds,
+        variation=std / mean,
+        drift=drift,
+        noisy=max(std / mean, abs(drift)) > NOISE,
+        in_turns=False,
         first_token_seconds=None if decoding else statistics.median(sample.first_token for sample in samples),
         load_seconds=card.load_seconds,
-        peak_memory=max(card.measured_peak, peak(device)),
+        quantize_seconds=card.quantize_seconds if quantizes and not card.from_store else None,
+        from_store=card.from_store,
+        peak_memory=contender.peak,
         bandwidth=bandwidth,
         bandwidth_share=median * read / bandwidth if decoding and bandwidth else None,
     )

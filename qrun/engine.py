@@ -1,37 +1,31 @@
 """Prefill in chunks, then the decode loop, over one cache. Token ids only: it knows no text, files or terminal."""
 
-import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qrun import memory
 from qrun.backends.base import Backend
 from qrun.cache import KVCache
-from qrun.errors import ContextOverflowError, DoesNotFitError, UsageError
+from qrun.errors import ContextOverflowError, DoesNotFitError, SnapshotError, UsageError
 from qrun.formats import kv_format
+from qrun.generation import Generation, Stats
+from qrun.logprobs import check_count
 from qrun.models.config import ModelConfig
 from qrun.models.decoder import Decoder
 from qrun.recipe import Recipe
 from qrun.repetition import LoopGuard
 from qrun.resident import let_go, ran_out
 from qrun.runcard import RunCard
-from qrun.sampler import Sampler, Sampling
+from qrun.sampler import Constraint, Sampler, Sampling
+from qrun.snapshot import Origin, Snapshot
+from qrun.snapshot import write as write_snapshot
 
-
-@dataclass
-class Stats:
-    """One reply in numbers; seconds are wall clock. ``seed`` repeats it."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    new_tokens: int = 0
-    decode_seconds: float = 0.0
-    seed: int = 0
+__all__ = ["Engine", "Generation", "Stats"]
 
 
 class Engine:
@@ -39,8 +33,9 @@ class Engine:
 
     def __init__(
         self, decoder: Decoder, backend: Backend, *, config: ModelConfig, recipe: Recipe, card: RunCard,
-        source: Path, generation_defaults: Mapping[str, Any], context: int,
+        source: Path, generation_defaults: Mapping[str, Any], context: int, identity: str | None = None,
     ) -> None:  # fmt: skip
+        """identity: what the weights were made from, as `Checkpoint.identity` has it; none where nothing is kept."""
         self.decoder = decoder
         self.backend = backend
         self.config = config
@@ -49,6 +44,7 @@ class Engine:
         self.source = source
         self.generation_defaults = generation_defaults
         self.context = context
+        self.identity = identity
         self._use(recipe)
 
     def _use(self, recipe: Recipe) -> None:
@@ -95,19 +91,85 @@ class Engine:
         return tuple(self.ids)
 
     def set_kv(self, kv: str) -> None:
-        """Change the cache's formats, e.g. ``int8`` or ``k8v4``; the conversation is read again at the next prompt.
+        """Change the cache's formats, e.g. to ``int8`` or ``k8v4``; what it holds is encoded anew, a layer at a time.
 
-        Raises RecipeError for a name that does not parse.
+        Raises RecipeError for a name that does not parse. DoesNotFitError: there is no room; where that is known before
+        anything is done, all is as it was, else the cache has its former formats and is empty.
         """
-        before, self.recipe = self.recipe, self.recipe.with_kv(kv)
-        del self._step, self.cache  # there is room for one
+        recipe = self.recipe.with_kv(kv)
+        self._check_room(recipe)
+        del self._step  # what was recorded reads the old layers
         try:
-            self._use(self.recipe)
-        except (MemoryError, RuntimeError) as error:
+            self.cache.convert(kv_format(recipe.k), kv_format(recipe.v))
+        except BaseException as error:
             let_go(error)
-            self.recipe = before
-            self._use(before)
+            del self.cache  # there is room for one
+            self._use(self.recipe)
+            if isinstance(error, MemoryError | RuntimeError):
+                raise self.out_of_memory(error) from None
+            raise
+        self._capture()
+        self.recipe = recipe
+        self._describe_cache()
+
+    def _check_room(self, recipe: Recipe) -> None:
+        """Raises DoesNotFitError where the cache of another recipe is known not to fit beside the weights."""
+        device = self.backend.device.type
+        wanted = memory.forecast(self.config, recipe, self.context, device=device).kv
+        # A CPU's memory is taken as positions are written.
+        held = self.cache.bytes_per_token * (self.cache.length if device == "cpu" else self.context)
+        room = memory.available(device) + held
+        if wanted > room:
+            raise DoesNotFitError(
+                f"a cache in {recipe.kv} of {self.context} tokens needs {memory.human(wanted)}, "
+                f"{memory.human(room)} are free: use a smaller --ctx-size or a smaller --kv such as int4"
+            )
+
+    def snapshot(self, path: Path) -> None:
+        """Write the conversation's ids and what the cache holds of them to a file, for `restore`.
+
+        Raises SnapshotError where it cannot be written.
+        """
+        write_snapshot(path, self.cache, self.ids, self._origin())
+
+    def restore(self, path: Path) -> int:
+        """Put a snapshot in the place of the conversation, in the cache's own formats; returns its number of tokens.
+
+        Raises SnapshotError for one that is damaged, too long, or of another model, recipe or version. The
+        conversation is then as it was, or gone where the damage lies behind the file's header.
+        """
+        found = Snapshot(path, self.cache, origin=self._origin(), vocab=self.config.vocab)
+        self.reset()
+        try:
+            found.fill(self.cache)
+        except (MemoryError, RuntimeError) as error:
             raise self.out_of_memory(error) from None
+        self.cache.length = found.length
+        self.ids[:] = found.ids
+        return found.length
+
+    def _origin(self) -> Origin:
+        if self.identity is None:
+            raise SnapshotError("this engine was not loaded from a checkpoint, so no snapshot can be known as its own")
+        return Origin(self.identity, self.recipe.with_kv("bf16").label)
+
+    def beside(self, kv: str) -> "Engine":
+        """Another conversation with the same weights, its cache in the formats ``kv``.
+
+        Raises RecipeError for a name that does not parse, DoesNotFitError where there is no room for it.
+        """
+        recipe = self.recipe.with_kv(kv)
+        try:
+            other = Engine(
+                self.decoder, self.backend, config=self.config, recipe=recipe, card=self.card, source=self.source,
+                generation_defaults=self.generation_defaults, context=self.context, identity=self.identity,
+            )  # fmt: skip
+        except (MemoryError, RuntimeError) as error:
+            raise self.out_of_memory(error) from None
+        other._describe_cache()
+        return other
+
+    def _describe_cache(self) -> None:
         self.card = replace(
             self.card, recipe=self.recipe.label, kv=self.recipe.kv, kv_bytes_per_token=self.cache.bytes_per_token
         )
@@ -144,14 +206,25 @@ class Engine:
         self.ids.extend(ids)
         return logits
 
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Next-token logits [S, V] float32 after each of ids [S], from an empty cache, in chunks, through the cache."""
+        try:
+            return torch.cat(list(self.logits_chunks(ids)))
+        except (MemoryError, RuntimeError) as error:
+            raise self.out_of_memory(error) from None
+
+    @torch.inference_mode()
+    def logits_chunks(self, ids: Sequence[int], most: int | None = None) -> Iterator[Tensor]:
+        """The same a chunk at a time, [at most ``most``, V] each, so that only one chunk's logits are ever held."""
         self._check(ids)
         self.reset()
-        chunk = self.backend.chunk
+        chunk = min(self.backend.chunk, most or self.backend.chunk)
+        for a in range(0, len(ids), chunk):
+            yield self._logits(ids[a : a + chunk])  # held by no name here while the next is made
+
+    def _logits(self, ids: Sequence[int]) -> Tensor:
         try:
-            return torch.cat([self._run(ids[a : a + chunk], last_only=False) for a in range(0, len(ids), chunk)])
+            return self._run(ids, last_only=False)
         except (MemoryError, RuntimeError) as error:
             raise self.out_of_memory(error) from None
 
@@ -163,24 +236,32 @@ class Engine:
         sampling: Sampling | None = None,
         stop_ids: Collection[int] = (),
         loop_guard: bool = True,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **settings: Any,
-    ) -> "Generation":
+    ) -> Generation:
         """Continue ids. Returns at once; the work is done as the tokens are taken from what it returns.
 
         ``sampling`` defaults to the model's own generation_config; any field of Sampling may be given as a keyword.
-        A reply ends at a stop id (not yielded), after max_tokens, at the end of the context, or in an endless loop.
+        ``constraint`` says which tokens may come, and is told those that do: one for each reply. ``logprobs`` asks for
+        the chosen tokens' log probabilities and so many alternatives (0 … 20), in the result's ``logprobs``.
+        A reply ends at a stop id (not yielded), when the constraint is complete, after max_tokens, at the end of the
+        context, or in an endless loop.
         Raises UsageError for impossible arguments and ContextOverflowError for a prompt longer than the context.
         """
         ids = list(ids)
         self._check(ids)
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: it must be 1 or more")
+        if logprobs is not None:
+            check_count(logprobs)
         chosen = sampling or Sampling.from_generation_config(self.generation_defaults)
         try:
             chosen = replace(chosen, **settings)
         except TypeError as error:
             raise UsageError(f"unknown sampling setting: {error}") from None
-        return Generation(self, ids, chosen, max_tokens, frozenset(stop_ids), LoopGuard() if loop_guard else None)
+        guard = LoopGuard() if loop_guard else None
+        return Generation(self, ids, chosen, max_tokens, frozenset(stop_ids), guard, constraint, logprobs)
 
     def rewind(self, ids: Sequence[int]) -> int:
         """Keep of the cache only the longest prefix it shares with ids, short of its last token; returns its length."""
@@ -219,89 +300,3 @@ class Engine:
             )  # fmt: skip
 
         return Sampler(sampling, prompt, self.config.vocab, self.backend.device, choose=choose)
-
-
-@dataclass
-class Generation:
-    """A reply in the making: an iterator of token ids. ``finish_reason`` is none until it ends.
-
-    stop: a stop id; length: max_tokens; context: the cache is full; loop: the guard; cancelled: ``close`` was called.
-    """
-
-    engine: Engine
-    prompt: list[int]
-    sampling: Sampling
-    max_tokens: int | None
-    stop_ids: frozenset[int]
-    guard: LoopGuard | None
-    finish_reason: str | None = None
-    stats: Stats = field(default_factory=Stats)
-    prefilled: int = 0  # prompt tokens in the cache so far, for who shows progress
-
-    def __post_init__(self) -> None:
-        self._tokens = self._work()
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        """Stop here. The cache keeps what was run, so the conversation can go on."""
-        self._tokens.close()
-        self.finish_reason = self.finish_reason or "cancelled"
-
-    def _work(self) -> Generator[int]:
-        stats, engine = self.stats, self.engine
-        try:
-            yield from self._generate(engine, stats)
-        except (KeyboardInterrupt, GeneratorExit):
-            self.finish_reason = self.finish_reason or "cancelled"
-            raise
-        except (MemoryError, RuntimeError) as error:
-            raise engine.out_of_memory(error) from None
-        finally:
-            engine.cache.truncate(len(engine.ids))
-
-    @torch.inference_mode()
-    def _generate(self, engine: Engine, stats: Stats) -> Generator[int]:
-        sampler = engine.sampler(self.sampling, self.prompt)
-        stats.seed = sampler.settings.seed or 0
-        stats.prompt_tokens = len(self.prompt)
-        begun = time.perf_counter()
-        logits = torch.empty(0)
-        stats.reused_tokens = engine.rewind(self.prompt)
-        for after_chunk in engine.prefill(self.prompt[stats.reused_tokens :]):
-            logits = after_chunk
-            self.prefilled = len(engine.ids)
-        stats.prefill_seconds = time.perf_counter() - begun
-        while True:
-            begun = time.perf_counter()
-            token = sampler(logits)
-            # Where that does not wait, the next step is begun before the token is known; it may turn out not to count.
-            last = self.max_tokens is not None and stats.new_tokens + 1 >= self.max_tokens
-            ahead = engine.backend.runs_ahead and not last and len(engine.ids) < engine.context
-            value = engine.backend.fetch(token)
-            if ahead:
-                logits = engine.step(token)
-            chosen = value()
-            stats.decode_seconds += time.perf_counter() - begun
-            if chosen in self.stop_ids:
-                self.finish_reason = "stop"
-                return
-            stats.new_tokens += 1
-            yield chosen
-            if self.max_tokens is not None and stats.new_tokens >= self.max_tokens:
-                self.finish_reason = "length"
-            elif self.guard is not None and self.guard.push(chosen):
-                self.finish_reason = "loop"
-            elif len(engine.ids) >= engine.context:
-                self.finish_reason = "context"
-            if self.finish_reason is not None:
-                return
-            if not ahead:
-                begun = time.perf_counter()
-                logits = engine.step(token)
-                stats.decode_seconds += time.perf_counter() - begun
-            engine.ids.append(chosen)

@@ -10,6 +10,7 @@
     │   └── UnsupportedModelError 1  a model qrun does not know
     ├── TokenizerError         1  the tokenizer files cannot be used
     │   └── TemplateError      1  the chat template cannot be rendered
+    ├── SnapshotError          1  a kept cache cannot be written, read or used here
     ├── ContextOverflowError   1  the conversation is longer than the context
     └── BackendError           1  the device cannot be used
 
@@ -67,6 +68,10 @@ class TokenizerError(QrunError):
 
 class TemplateError(TokenizerError):
     """The chat template is missing, fails, or does what a template may not do."""
+
+
+class SnapshotError(QrunError):
+    """A snapshot of the cache is damaged, cannot be written, or belongs to another model or recipe."""
 
 
 class ContextOverflowError(QrunError):

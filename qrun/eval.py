@@ -1,13 +1,15 @@
 """What a recipe costs in quality: perplexity on a text, and how far its next-token distributions are from a reference.
 
-The text runs through the cache path in windows, the reference beside the quantized model, so only one window's logits
-are ever held. It knows no number format and prints nothing.
+The text runs through the cache path in windows, the reference beside the quantized model and all its caches, chunk by
+chunk, so the logits of two chunks are all that is ever held. It knows no number format and prints nothing.
 """
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,14 +18,20 @@ from torch import Tensor
 
 from qrun.api import load
 from qrun.engine import Engine
-from qrun.errors import UsageError
+from qrun.errors import DoesNotFitError, UsageError
 from qrun.loader import Progress
+from qrun.memory import available, human
 from qrun.recipe import Recipe
+from qrun.runcard import RunCard
 from qrun.tokenizer import Tokenizer
 
 HELD_OUT: Final = "heldout.txt"
 """A text that lies beside a model's weights and was no part of its training; the embedded model has one."""
+BUILT_IN: Final = "built-in"
+"""What a row calls the embedded model's text when another model reads it."""
 WINDOW: Final = 512
+CHUNK: Final = 512
+"""Positions whose logits are held at a time."""
 _ROWS: Final = 64  # positions whose distributions are compared at a time
 
 
@@ -32,11 +40,17 @@ class EvalRow:
     """One line of the table. ``size`` in bytes; divergences in nats a token, from the reference to this recipe."""
 
     model: str
+    parameters: int
     recipe: str
     kv: str
     size: int
+    bits_per_weight: float
+    """Of the whole model, scales and what is never quantized included."""
     kv_bytes_per_token: int
     reference: str
+    text: str
+    """The file's name, ``built-in``, or nothing where the text itself was given."""
+    window: int
     tokens: int
     perplexity: float
     perplexity_error: float
@@ -46,6 +60,10 @@ class EvalRow:
     kl_p99: float
     top1: float
     """Share of positions at which both hold the same token to be the likeliest."""
+    perplexity_by_quarter: tuple[float, ...]
+    """Of the first to the last quarter of all windows: whether a cache gets worse as it fills."""
+    kl_by_quarter: tuple[float, ...]
+    """Means; like the perplexities, none where a window has fewer than 8 tokens."""
 
 
 def evaluate(
@@ -64,13 +82,16 @@ def evaluate(
 
     Args:
         kvs: cache formats for every recipe; None is the recipe's own.
-        text: the text itself as a string, or the path of a UTF-8 file; by default the held-out text of the model.
-        window: tokens a window; windows do not overlap, and the first token of each is not predicted.
+        text: the text itself as a string, or the path of a UTF-8 file; by default the held-out text of the model, or
+            of the embedded one.
+        window: tokens a window, up to the model's positions; windows do not overlap, and the first token of each is not
+            predicted.
         max_tokens: stop after so many tokens of the text.
         options: go to `qrun.load` (device, threads, cache, offline …).
 
     Raises:
-        QrunError: whatever loading raises; UsageError for a missing, unreadable or too short text.
+        QrunError: whatever loading raises; UsageError for a missing, unreadable or too short text; DoesNotFitError for
+            more caches of this window than there is memory for.
     """
     return list(_evaluate(model, quants, kvs, text, reference, window, max_tokens, progress, options))
 
@@ -92,49 +113,82 @@ def _evaluate(
     base_recipe, recipes = _recipe(reference), [_recipe(quant) for quant in quants]
     options["context"] = window
     base = load(model, quant=base_recipe, progress=progress, **options)
-    windows = _windows(base, text, window, max_tokens)
+    name, ids = _read(base, text)
+    windows = _windows(ids[:max_tokens], window)
     for recipe in recipes:
         same = recipe.schemes() == base_recipe.schemes() and recipe.activations == base_recipe.activations
-        engine = base if same else load(model, quant=recipe, progress=progress, **options)
-        names = [_kv_name(recipe) if kv is None else kv for kv in kvs]
-        scores = [_Score() for _ in names]
-        for done, ids in enumerate(windows):
-            say(f"evaluating {recipe.name}", done, len(windows))
-            expected = _logits(base, _kv_name(base_recipe), ids)
-            for name, score in zip(names, scores, strict=True):
-                score.add(expected, _logits(engine, name, ids), ids)
-        for name, score in zip(names, scores, strict=True):
-            engine.set_kv(name)
-            yield score.row(engine, base_recipe)
-        del engine
+        names = [f"k{recipe.k}v{recipe.v}" if kv is None else kv for kv in kvs]
+        # Held by no variable of this frame, so that it is gone before the next one is loaded.
+        found = _compare(
+            base,
+            _caches(
+                base.beside(names[0]) if same else load(model, recipe, names[0], progress=progress, **options),
+                names[1:],
+            ),
+            windows,
+            say=lambda done, total, what=recipe.name: say(f"evaluating {what}", done, total),
+        )
+        for card, score in found:
+            yield score.row(card, base_recipe, text=name, window=window)
+
+
+def _compare(
+    base: Engine, engines: Sequence[Engine], windows: Sequence[Sequence[int]], *, say: Callable[[int, int], None]
+) -> "list[tuple[RunCard, _Score]]":
+    """Run all of them over the windows side by side, and score each against the first."""
+    scores = [_Score(len(windows[0])) for _ in engines]
+    done, total = 0, sum(map(len, windows))
+    for ids in windows:
+        start = 0
+        streams = [engine.logits_chunks(ids, CHUNK) for engine in engines]
+        for expected in base.logits_chunks(ids, CHUNK):
+            say(done, total)
+            for score, stream in zip(scores, streams, strict=True):
+                score.add(expected, next(stream), ids, start)
+            start += len(expected)
+            done += len(expected)
+    return [(engine.card, score) for engine, score in zip(engines, scores, strict=True)]
 
 
 def _recipe(quant: str | Recipe) -> Recipe:
     return quant if isinstance(quant, Recipe) else Recipe.parse(quant)
 
 
-def _kv_name(recipe: Recipe) -> str:
-    return f"k{recipe.k}v{recipe.v}"
+def _caches(engine: Engine, kvs: Sequence[str]) -> list[Engine]:
+    """The engine, and others on its weights whose caches have these formats.
+
+    Raises DoesNotFitError where they are too much together.
+    """
+    made = [engine, *(engine.beside(kv) for kv in kvs)]
+    need, free = sum(each.card.kv_bytes_per_token for each in made) * engine.context, available()
+    if engine.backend.device.type == "cpu" and need > free:  # which is taken from the system as they are filled
+        raise DoesNotFitError(
+            f"{len(made)} caches of {engine.context} tokens need {human(need)}, {human(free)} are free: "
+            "give fewer formats with --kv, or a smaller --window"
+        )
+    return made
 
 
-def _logits(engine: Engine, kv: str, ids: Sequence[int]) -> Tensor:
-    if _kv_name(engine.recipe) != _kv_name(engine.recipe.with_kv(kv)):
-        engine.set_kv(kv)
-    return engine.logits(ids)
-
-
-def _windows(engine: Engine, text: str | Path | None, window: int, limit: int | None) -> list[list[int]]:
-    """The text's ids in pieces of ``window``; a last piece too short to predict anything is left out."""
+def _read(engine: Engine, text: str | Path | None) -> tuple[str, list[int]]:
+    """The text's name and ids."""
+    name = ""
     if text is None:
         text = engine.source / HELD_OUT
         if not text.exists():
-            raise UsageError(f"{engine.card.model} has no held-out text of its own: give a text file with --text")
+            # Of a conversation its marks are another model's; what was said is text.
+            said = (files("qrun.spark") / HELD_OUT).read_text(encoding="utf-8")
+            name, text = BUILT_IN, said.replace("<|begin_of_sentence|>", "").replace("<|end_of_sentence|>", "\n")
     if isinstance(text, Path):
+        name = text.name
         try:
             text = text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {text}: {error}; give a UTF-8 text file") from error
-    ids = Tokenizer.from_dir(engine.source, vocab_size=engine.config.vocab).encode(text)[:limit]
+    return name, Tokenizer.from_dir(engine.source, vocab_size=engine.config.vocab).encode(text)
+
+
+def _windows(ids: Sequence[int], window: int) -> list[Sequence[int]]:
+    """The ids in pieces of ``window``; a last piece too short to predict anything is left out."""
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} tokens: give one with 2 or more")
     pieces = [ids[at : at + window] for at in range(0, len(ids), window)]
@@ -148,39 +202,53 @@ def _floats(values: Any) -> list[float]:
 
 @dataclass
 class _Score:
-    """Sums over the positions seen so far: losses of the known next token, and divergences."""
+    """What was found at the positions seen so far, by quarters of windows of ``length``: losses of the known next
+    token, and divergences."""
 
-    losses: list[float] = field(default_factory=list[float])
-    divergences: list[float] = field(default_factory=list[float])
+    length: int
+    losses: list[list[float]] = field(default_factory=lambda: [[], [], [], []])
+    divergences: list[list[float]] = field(default_factory=lambda: [[], [], [], []])
     agreed: int = 0
 
-    def add(self, expected: Tensor, logits: Tensor, ids: Sequence[int]) -> None:
-        """Compare two [S, V] tensors of logits for ids [S]."""
-        for start in range(0, len(ids), _ROWS):
-            p = torch.log_softmax(expected[start : start + _ROWS].float(), -1)
-            q = torch.log_softmax(logits[start : start + _ROWS].float(), -1)
-            self.divergences += _floats((p.exp() * (p - q)).sum(-1).clamp_min(0))
+    def add(self, expected: Tensor, logits: Tensor, ids: Sequence[int], start: int) -> None:
+        """Compare two [S, V] tensors of logits, those after the tokens of a window ids from ``start`` on."""
+        for at in range(0, len(expected), _ROWS):
+            p = torch.log_softmax(expected[at : at + _ROWS].float(), -1)
+            q = torch.log_softmax(logits[at : at + _ROWS].float(), -1)
+            first = start + at
+            for i, divergence in enumerate(_floats((p.exp() * (p - q)).sum(-1).clamp_min(0))):
+                self.divergences[4 * (first + i) // self.length].append(divergence)
             self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-            following = torch.tensor(ids[start + 1 : start + 1 + _ROWS], device=q.device)
-            self.losses += _floats(-q[: len(following)].gather(1, following[:, None])[:, 0])
+            following = torch.tensor(ids[first + 1 : first + 1 + len(q)], device=q.device)
+            for i, loss in enumerate(_floats(-q[: len(following)].gather(1, following[:, None])[:, 0])):
+                self.losses[4 * (first + i) // self.length].append(loss)
 
-    def row(self, engine: Engine, reference: Recipe) -> EvalRow:
-        loss = statistics.fmean(self.losses)
-        error = statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else 0.0
-        ordered = sorted(self.divergences)
-        perplexity = math.exp(min(loss, 700.0))
+    def row(self, card: RunCard, reference: Recipe, *, text: str, window: int) -> EvalRow:
+        losses, ordered = list(chain(*self.losses)), sorted(chain(*self.divergences))
+        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        apart = self.length >= 8
         return EvalRow(
-            model=engine.card.model,
-            recipe=engine.card.recipe,
-            kv=engine.card.kv,
-            size=engine.card.weight_bytes,
-            kv_bytes_per_token=engine.card.kv_bytes_per_token,
+            model=card.model,
+            parameters=card.parameters,
+            recipe=card.recipe,
+            kv=card.kv,
+            size=card.weight_bytes,
+            bits_per_weight=8 * card.weight_bytes / card.parameters,
+            kv_bytes_per_token=card.kv_bytes_per_token,
             reference=reference.label,
-            tokens=len(self.losses),
-            perplexity=perplexity,
-            perplexity_error=perplexity * error,
+            text=text,
+            window=window,
+            tokens=len(losses),
+            perplexity=_perplexity(losses),
+            perplexity_error=_perplexity(losses) * error,
             kl_mean=statistics.fmean(ordered),
             kl_median=statistics.median(ordered),
             kl_p99=ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)],
             top1=self.agreed / len(ordered),
+            perplexity_by_quarter=tuple(map(_perplexity, self.losses)) if apart else (),
+            kl_by_quarter=tuple(map(statistics.fmean, self.divergences)) if apart else (),
         )
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(min(statistics.fmean(losses), 700.0))

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from qrun.reasoning import Delta, ReasoningSplitter, partial_suffix
 
 if TYPE_CHECKING:
-    from qrun.sampler import Sampling
+    from qrun.logprobs import TokenLogprob
+    from qrun.sampler import Constraint, Sampling
     from qrun.tokenizer import StreamDecoder
+
+_SPELLED = 8  # ids before one that may change what it prints
 
 
 class ReplyStats(Protocol):
@@ -31,6 +34,10 @@ class TokenStream(Protocol):
     def finish_reason(self) -> str | None: ...
     @property
     def stats(self) -> ReplyStats: ...
+    @property
+    def logprobs(self) -> "Sequence[TokenLogprob]": ...
+    @property
+    def prefilled(self) -> int: ...
     def __iter__(self) -> Iterator[int]: ...
     def __next__(self) -> int: ...
     def close(self) -> None: ...
@@ -54,6 +61,10 @@ class TokenEngine(Protocol):
     def config(self) -> VocabularySize: ...
     @property
     def generation_defaults(self) -> Mapping[str, Any]: ...
+    @property
+    def cached_ids(self) -> Sequence[int]: ...
+    def snapshot(self, path: Path) -> None: ...
+    def restore(self, path: Path) -> int: ...
 
     def generate(
         self,
@@ -63,6 +74,8 @@ class TokenEngine(Protocol):
         sampling: "Sampling | None" = None,
         stop_ids: Collection[int] = (),
         loop_guard: bool = True,
+        constraint: "Constraint | None" = None,
+        logprobs: int | None = None,
     ) -> TokenStream: ...
 
 
@@ -72,6 +85,22 @@ class Prompt:
 
     text: str
     ids: list[int]
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token as text (U+FFFD where it is a part of a character), and its natural log-probability."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Choice(TokenText):
+    """A token that was chosen, and the likeliest ones at its place, best first."""
+
+    top: tuple[TokenText, ...]
 
 
 class StopStrings:
@@ -118,12 +147,14 @@ class Reply:
         decoder: "StreamDecoder",
         splitter: ReasoningSplitter,
         stop: Sequence[str],
+        text_after: Callable[[Sequence[int], Sequence[int]], str],
         roll: Callable[[int], Prompt | None],
         done: Callable[["Reply"], None],
     ) -> None:
         """start(ids, used): begin or go on generating. roll(used): a shorter prompt with room for more, or None.
 
-        ``used`` counts the ids generated so far. done is called once, when a begun reply has ended in any way.
+        ``used`` counts the ids generated so far. text_after(before, ids): what ids print. done is called once, when a
+        begun reply has ended in any way.
         """
         self.prompt = prompt
         self.ids: list[int] = []
@@ -134,6 +165,7 @@ class Reply:
         self._decoder = decoder
         self._splitter = splitter
         self._stops = StopStrings(stop)
+        self._text_after = text_after
         self._roll = roll
         self._done = done
         self._streams = [start(prompt.ids, 0)]
@@ -162,6 +194,23 @@ class Reply:
                 decode_seconds=first.decode_seconds + stats.decode_seconds,
             )
         return first
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many of the prompt's tokens have been read, and of how many; may be asked from another thread."""
+        return self._streams[-1].prefilled, len(self.prompt.ids)
+
+    @property
+    def logprobs(self) -> list[Choice]:
+        """Every generated token with its log-probability, reasoning included; empty where they were not asked for."""
+        choices: list[Choice] = []
+        before = self.prompt.ids[-_SPELLED:]
+        for scored in (scored for stream in self._streams for scored in stream.logprobs):
+            top = (TokenText(token, self._text_after(before, [token]), logprob) for token, logprob in scored.top)
+            text = self._text_after(before, [scored.token])
+            choices.append(Choice(scored.token, text, scored.logprob, tuple(top)))
+            before = [*before, scored.token][-_SPELLED:]
+        return choices
 
     def _run(self) -> Generator[Delta]:
         try:

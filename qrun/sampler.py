@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qrun.errors import UsageError
 
@@ -72,6 +72,26 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
 
+class Constraint(Protocol):
+    """What a reply is held to, one object a reply: asked before each token, told each one."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow: the reply ends here, offered an end or not."""
+        ...
+
+    def allowed(self) -> "Tensor | None":
+        """The tokens that may come next, bool [V] on the CPU; ids that end a reply are among them where it may end.
+
+        None where any may. The next call may overwrite it.
+        """
+        ...
+
+    def push(self, token: int) -> None:
+        """Take the token that was chosen; ids that end a reply are not pushed."""
+        ...
+
+
 Choose = Callable[[Sampling], "Callable[[Tensor], Tensor] | None"]
 """Seeded settings -> a device's own way to choose by them, logits [1, V] -> token [1], or None where it has none."""
 
@@ -102,15 +122,29 @@ class Sampler:
         if s.presence_penalty or s.frequency_penalty:
             self.counts = torch.zeros(vocab, device=str(device))
 
-    def __call__(self, logits: "Tensor") -> "Tensor":
-        """logits [1, V] float32 -> the chosen token [1], int64."""
+    def __call__(self, logits: "Tensor", allowed: "Tensor | None" = None) -> "Tensor":
+        """logits [1, V] float32 -> the chosen token [1], int64: one of those ``allowed``, bool [V] on the CPU."""
         penalised = self._penalised(logits[0])
-        token = self._choose(penalised) if self._kernel is None else self._kernel(penalised[None])
+        if allowed is None:
+            token = self._among_all(penalised)
+        elif penalised.device.type == "cpu" and self._kernel is None:
+            ids = allowed.nonzero()[:, 0]  # few as a rule; a top-k over many equal ones is slow
+            token = ids[self._choose(penalised[ids])]
+        else:
+            token = self._among_all(self._masked(penalised, allowed))
         if self.seen is not None:
             self.seen.index_fill_(0, token, True)
         if self.counts is not None:
             self.counts[token] += 1
         return token
+
+    def _among_all(self, logits: "Tensor") -> "Tensor":
+        return self._choose(logits) if self._kernel is None else self._kernel(logits[None])
+
+    def _masked(self, logits: "Tensor", allowed: "Tensor") -> "Tensor":
+        if logits.device.type == "cuda":
+            allowed = allowed.pin_memory()  # or the copy would wait for all that is under way
+        return logits.masked_fill(~allowed.to(logits.device, non_blocking=True), -math.inf)
 
     def _penalised(self, logits: "Tensor") -> "Tensor":
         import torch

@@ -1,28 +1,26 @@
 """Messages in, text deltas out: template, prefix reuse, overflow policy. Knows text and token ids, no terminal.
 
-The whole conversation is encoded for every turn, and the engine reuses the longest prefix its cache holds. A template
-would re-encode the model's answers from text, which need not give the ids the model produced; so a session remembers
-those ids and puts them back wherever the rendered text agrees. Then only the new message has to be read.
+The whole conversation is encoded for every turn, with the ids that earlier answers really had, and the engine reuses
+the longest prefix its cache holds. Then only the new message has to be read.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from qrun.errors import ContextOverflowError, UsageError
-from qrun.reasoning import CLOSE, OPEN, RESPONSE, RESPONSE_END, ReasoningSplitter, opens_inside
-from qrun.reply import Prompt, Reply, TokenEngine, TokenStream
-from qrun.template import Message
+from qrun.question import Prepared, Question, prepared, together
+from qrun.recall import Recall
+from qrun.reply import Prompt, Reply, TokenEngine
+from qrun.template import Message, without_marks
 from qrun.tokenizer import Tokenizer
-from qrun.transcript import read_transcript, write_transcript
+from qrun.transcript import Transcript, read_transcript, write_transcript
 
 if TYPE_CHECKING:
-    from qrun.sampler import Sampling
+    from qrun.engine import Engine
+    from qrun.sampler import Constraint, Sampling
 
 OVERFLOW = ("stop", "roll")
-_REMEMBERED = 32  # replies whose ids are kept
-_CUT = 64  # ids at a reply's end that may be missing in its message (a stop string, an interrupt)
 
 
 class Session:
@@ -62,7 +60,8 @@ class Session:
         self._system = system
         self._turns: list[Message] = []
         self._first = 0  # the oldest turn that is still read
-        self._spoken: deque[tuple[Prompt, list[int]]] = deque(maxlen=_REMEMBERED)
+        self._prompt_tokens = 0  # of the last reply's prompt
+        self._recall = Recall(self.tokenizer)
         self._reply: Reply | None = None
         self._check()
 
@@ -80,38 +79,71 @@ class Session:
         """The answer to a message, in pieces. Errors as ``stream``; closing the iterator keeps what was said."""
         return _answers(self.stream(text))
 
-    def stream(self, text: str) -> Reply:
+    def stream(self, text: str, *, constraint: "Constraint | None" = None, logprobs: int | None = None) -> Reply:
         """The reply to a message, reasoning and answer told apart.
 
-        Message and answer join the conversation when the reply ends; an interrupted one counts if it said anything.
+        constraint: what the answer is held to, not the reasoning before it. logprobs: fills ``Reply.logprobs``, with so
+        many alternatives a token. Message and answer join the conversation when the reply ends; an interrupted one
+        counts if it said anything.
         UsageError: the message is empty. ContextOverflowError: it does not fit. TemplateError: no usable template.
         """
         self._end_reply()
         if not text.strip():
             raise UsageError("the message is empty: say something")
-        return self._answer([*self._turns, Message(role="user", content=text)])
+        return self._answer([*self._turns, Message(role="user", content=text)], constraint, logprobs)
 
-    def complete(self, prompt: str) -> Reply:
+    def complete(self, prompt: str, *, constraint: "Constraint | None" = None, logprobs: int | None = None) -> Reply:
         """Continue a text as it is: no template, no part of the conversation. Control strings in it count.
 
         UsageError: the prompt is empty. ContextOverflowError: it does not fit.
         """
-        self._end_reply()
-        if not prompt:
-            raise UsageError("the prompt is empty: give a text to continue")
+        return self.ask(self.question(prompt, raw=True, constraint=constraint, logprobs=logprobs))
+
+    def question(self, said: str | Sequence[Message], *, raw: bool = False, **more: Any) -> Question:
+        """A prompt of its own with the session's settings: a message, or a conversation that ends with one.
+
+        The system prompt comes first, unless there is another. raw: continue the text as it is. more: fields of
+        ``Question``.
+        """
+        settings = self._settings() | more
+        if raw:
+            return Question(text=str(said), **settings)
+        turns = [Message(role="user", content=said)] if isinstance(said, str) else list(said)
+        has_system = any(turn["role"] == "system" for turn in turns)
+        return Question(messages=turns if has_system else self._with_system(turns), **settings)
+
+    def prepare(self, question: Question) -> Prepared:
+        """A question ready to be asked.
+
+        UsageError: it is empty. ContextOverflowError: it does not fit. TemplateError: no usable template.
+        """
         self._check()
-        ids = self.tokenizer.encode(prompt)
-        self._check_room(len(ids), "the prompt has")
-        self._reply = Reply(
-            Prompt(prompt, ids),
-            start=self._start,
-            decoder=self.tokenizer.stream(after=ids),
-            splitter=ReasoningSplitter(enabled=False),
-            stop=self.stop,
-            roll=lambda used: None,
-            done=lambda reply: None,
+        chat = bool(question.messages)
+        if not (question.messages[-1]["content"].strip() if chat else question.text):
+            raise UsageError("the prompt is empty: give a text to answer or to continue")
+        if chat:
+            prompt = self._prompt(question.messages, question.thinking)
+        else:
+            prompt = Prompt(question.text, self.tokenizer.encode(question.text))
+        self._check_room(len(prompt.ids), "the prompt has")
+        return prepared(question, prompt, self.tokenizer, self.engine.config.vocab)
+
+    def ask(self, question: Question) -> Reply:
+        """The reply to a prompt of its own; the conversation is not told. Errors as ``prepare``."""
+        self._end_reply()
+        self._reply = self.prepare(question).reply(
+            self.engine.generate,
+            done=lambda reply: self._recall.remember(reply.prompt, reply.ids) if question.messages else None,
         )
         return self._reply
+
+    def together(self, texts: Iterable[str], *, width: int | None = None) -> Iterator[Reply]:
+        """The replies to texts that know nothing of each other or the conversation, in order, ``width`` at once.
+
+        A reply whose context is full ends. Errors as ``prepare``.
+        """
+        self._end_reply()
+        return together(cast("Engine", self.engine), (self.prepare(self.question(text)) for text in texts), width)
 
     def regenerate(self) -> Reply:
         """Answer the last message again; the old answer is kept if the new one says nothing. UsageError: none yet."""
@@ -134,26 +166,51 @@ class Session:
     def clear(self) -> None:
         """Forget the conversation, not the system prompt."""
         self._end_reply()
-        self._turns, self._first = [], 0
-        self._spoken.clear()
+        self._turns, self._first, self._prompt_tokens = [], 0, 0
+        self._recall.clear()
 
     def set_system(self, text: str | None) -> None:
         """Change the system prompt, None for none; the conversation goes on and is read again."""
         self._end_reply()
         self._system = text or None
 
-    def save(self, path: str | Path) -> None:
-        """Write the conversation to a file. QrunError: it cannot be written."""
+    def save(self, path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+        """Write the conversation to a file, with ``about`` beside it as JSON. QrunError: it cannot be written."""
         self._end_reply()
-        write_transcript(path, self.messages)
+        kept = Transcript(
+            messages=self.messages, first=self._first, prompt_tokens=self._prompt_tokens, about=about or {}
+        )
+        write_transcript(path, kept)
 
     def load(self, path: str | Path) -> None:
         """Replace the conversation, system prompt included, by a saved one. UsageError: the file cannot be used."""
-        messages = read_transcript(path)
+        saved = read_transcript(path)
         self.clear()
-        system = [m["content"] for m in messages if m["role"] == "system"]
+        system = [m["content"] for m in saved.messages if m["role"] == "system"]
         self._system = "\n".join(system) or None
-        self._turns = [m for m in messages if m["role"] != "system"]
+        self._turns = [m for m in saved.messages if m["role"] != "system"]
+        self._first, self._prompt_tokens = min(saved.first, self._last_user(self._turns) or 0), saved.prompt_tokens
+
+    def snapshot(self, path: str | Path) -> None:
+        """Write what the engine's cache holds to a file, for ``restore``. SnapshotError: it cannot be written."""
+        self._end_reply()
+        self.engine.snapshot(Path(path).expanduser())
+
+    def restore(self, path: str | Path) -> int:
+        """After ``load``, fill the engine's cache from a snapshot, so that less is read again; returns its tokens.
+
+        SnapshotError: it does not fit this model, or is damaged. The conversation stays, and will be read again.
+        """
+        self._end_reply()
+        count = self.engine.restore(Path(path).expanduser())
+        ids, asked = list(self.engine.cached_ids), self._prompt_tokens
+        last = self._last_user(self._turns)
+        if last is not None and 0 < asked < len(ids):
+            heard = self._with_system(self._turns[self._first : last + 1])
+            text = self.tokenizer.render_marked(heard, thinking=self.thinking)
+            if self.tokenizer.text_after([], ids[:asked]).lstrip() == without_marks(text).lstrip():
+                self._recall.remember(Prompt(text, ids[:asked]), ids[asked:])
+        return count
 
     def _check(self) -> None:
         if self.overflow not in OVERFLOW:
@@ -174,29 +231,27 @@ class Session:
     def _last_user(turns: Sequence[Message]) -> int | None:
         return max((i for i, message in enumerate(turns) if message["role"] == "user"), default=None)
 
-    def _answer(self, turns: list[Message]) -> Reply:
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "sampling": self.sampling,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+            "thinking": self.thinking,
+            "loop_guard": self.loop_guard,
+        }
+
+    def _answer(
+        self, turns: list[Message], constraint: "Constraint | None" = None, logprobs: int | None = None
+    ) -> Reply:
         self._check()
-        prompt = self._fit(turns)
-        tags = (self.tokenizer.token_id(tag) for tag in (OPEN, CLOSE, RESPONSE, RESPONSE_END))
-        self._reply = Reply(
-            prompt,
-            start=self._start,
-            decoder=self.tokenizer.stream(keep=[i for i in tags if i is not None]),
-            splitter=ReasoningSplitter(enabled=self.tokenizer.thinks, inside=opens_inside(prompt.text)),
-            stop=self.stop,
+        question = Question(messages=turns, constraint=constraint, logprobs=logprobs, **self._settings())
+        ready = prepared(question, self._fit(turns), self.tokenizer, self.engine.config.vocab)
+        self._reply = ready.reply(
+            self.engine.generate,
             roll=lambda used: self._roll_on(turns, used),
             done=lambda reply: self._commit(turns, reply),
         )
         return self._reply
-
-    def _start(self, ids: Sequence[int], used: int) -> TokenStream:
-        return self.engine.generate(
-            ids,
-            max_tokens=None if self.max_tokens is None else self.max_tokens - used,
-            sampling=self.sampling,
-            stop_ids=self.tokenizer.stop_ids,
-            loop_guard=self.loop_guard,
-        )
 
     def _commit(self, turns: list[Message], reply: Reply) -> None:
         if not reply.text and not reply.reasoning and reply.finish_reason in (None, "cancelled"):
@@ -204,24 +259,24 @@ class Session:
         message = Message(role="assistant", content=reply.text)
         if reply.reasoning:
             message["reasoning_content"] = reply.reasoning
-        self._turns = [*turns, message]
-        self._spoken.append((reply.prompt, reply.ids))
+        self._turns, self._prompt_tokens = [*turns, message], len(reply.prompt.ids)
+        self._recall.remember(reply.prompt, reply.ids)
 
     def _fit(self, turns: list[Message]) -> Prompt:
         """The prompt for these turns, shortened if it must and may be."""
         self._first = min(self._first, self._last_user(turns) or 0)
-        prompt = self._prompt(turns)
+        prompt = self._prompt(self._with_system(turns[self._first :]), self.thinking)
         if len(prompt.ids) >= self.engine.context and self.overflow == "roll":
             prompt = self._roll(turns, 0) or prompt
-        self._check_room(len(prompt.ids), "with this message the conversation has")
+        roll = "" if self.overflow == "roll" else "let the oldest turns go with --overflow roll, "
+        self._check_room(len(prompt.ids), "with this message the conversation has", f"start afresh with /clear, {roll}")
         return prompt
 
-    def _check_room(self, length: int, what: str) -> None:
+    def _check_room(self, length: int, what: str, instead: str = "") -> None:
         if length >= self.engine.context:
-            roll = "" if self.overflow == "roll" else ", let the oldest turns go with --overflow roll"
             raise ContextOverflowError(
                 f"{what} {length} tokens and the context holds {self.engine.context}, an answer included: "
-                f"shorten it, start afresh with /clear{roll}, or give a larger context with -c"
+                f"shorten it, {instead}or give a larger context with -c"
             )
 
     def _roll(self, turns: list[Message], used: int) -> Prompt | None:
@@ -233,7 +288,7 @@ class Session:
         for start in range(self._first + 1, len(turns)):
             if turns[start]["role"] == "user":
                 self._first = start
-                prompt = self._prompt(turns)
+                prompt = self._prompt(self._with_system(turns[self._first :]), self.thinking)
                 if len(prompt.ids) + used <= self.engine.context // 2:
                     break
         return prompt
@@ -245,24 +300,9 @@ class Session:
         prompt = self._roll(turns, used)
         return prompt if prompt is not None and len(prompt.ids) + used <= self.engine.context * 3 // 4 else None
 
-    def _prompt(self, turns: Sequence[Message]) -> Prompt:
-        messages = self._with_system(turns[self._first :])
-        text = self.tokenizer.render_marked(messages, thinking=self.thinking)
-        return Prompt(text, self._encode(text))
-
-    def _encode(self, text: str) -> list[int]:
-        """Ids of a rendered conversation, with the ids of the latest reply that it still contains."""
-        for prompt, ids in reversed(self._spoken):
-            if not text.startswith(prompt.text):
-                continue
-            for length in range(len(ids), max(0, len(ids) - _CUT), -1):
-                said = prompt.text + self.tokenizer.mark(
-                    self.tokenizer.text_after(prompt.ids, ids[:length]), "assistant"
-                )
-                if text.startswith(said):
-                    rest = self.tokenizer.encode_marked(text[len(said) :], continues=True)
-                    return [*prompt.ids, *ids[:length], *rest]
-        return self.tokenizer.encode_marked(text)
+    def _prompt(self, messages: Sequence[Message], thinking: bool | None) -> Prompt:
+        text = self.tokenizer.render_marked(messages, thinking=thinking)
+        return Prompt(text, self._recall.encode(text))
 
 
 def _answers(reply: Reply) -> Iterator[str]:

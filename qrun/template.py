@@ -113,10 +113,15 @@ def find_template(directory: Path, tokenizer_config: Mapping[str, Any], variable
 
 def mark(text: str, control: Collection[str]) -> str:
     """``text`` with every control string in it wrapped in marks; marks already there are dropped."""
-    plain = text.replace(MARK_OPEN, "").replace(MARK_CLOSE, "")
+    plain = without_marks(text)
     if not any(string in plain for string in control):
         return plain
     return _pattern(control).sub(f"{MARK_OPEN}\\g<0>{MARK_CLOSE}", plain)
+
+
+def without_marks(text: str) -> str:
+    """A text as the model reads it."""
+    return text.replace(MARK_OPEN, "").replace(MARK_CLOSE, "")
 
 
 def split_marked(text: str, control: Collection[str]) -> list[tuple[str, bool]]:

@@ -52,23 +52,28 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file opened for reading: ``entries`` by name, known from the header alone.
+    """A safetensors file opened for reading: ``entries`` by name and ``metadata``, known from the header alone.
 
-    Raises `CheckpointError` when the file is missing or cut short, or its header does not describe exactly its bytes.
+    Raises `CheckpointError` when the file is missing or cut short, or its header does not describe exactly its bytes
+    or is larger than ``limit``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int = HEADER_LIMIT) -> None:
         self.path = path
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size - 8, HEADER_LIMIT):
+                if size < 8 or length > min(size - 8, limit):
                     raise CheckpointError(f"{path} is cut short or not a safetensors file: fetch it again")
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        self.entries = _parse(path, text, data_start=8 + length, size=size)
+        header = load_json(text, f"the header of {path}")
+        notes: object = header.pop("__metadata__", None)
+        pairs = cast(dict[str, object], notes).items() if isinstance(notes, dict) else ()
+        self.metadata = {key: value for key, value in pairs if isinstance(value, str)}
+        self.entries = _parse(path, header, data_start=8 + length, size=size)
 
     def read(self, name: str) -> Tensor:
         """The tensor, a private CPU copy in the dtype of the file. Raises `CheckpointError` on a short read."""
@@ -112,12 +117,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
-def _parse(path: Path, text: bytes, *, data_start: int, size: int) -> dict[str, Entry]:
+def _parse(path: Path, header: Mapping[str, object], *, data_start: int, size: int) -> dict[str, Entry]:
     """Entries of a header, each inside the file, together covering its data without a gap or an overlap."""
     entries: dict[str, Entry] = {}
-    for name, raw in load_json(text, f"the header of {path}").items():
-        if name == "__metadata__":
-            continue
+    for name, raw in header.items():
         dtype, shape, begin, end = _fields(path, name, raw)
         nbytes = math.prod(shape) * dtype.itemsize
         if end - begin != nbytes:
@@ -155,19 +158,22 @@ def _naturals(value: object) -> bool:
 class TensorWriter:
     """Writes one safetensors file tensor by tensor, holding no tensor longer than its own `add`.
 
-    Room for the header is left at the front and filled in at the end (the format allows trailing blanks there). As a
-    context manager it finishes and syncs the file on success and leaves it unfinished on an error. Raises OSError.
+    Room for the header is left at the front and filled in at the end (the format allows trailing blanks there);
+    ``metadata`` may be added to until then. As a context manager it finishes and syncs the file on success and leaves
+    it unfinished on an error. Raises OSError.
     """
 
     ROOM: Final = 1 << 16
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, room: int = ROOM) -> None:
         self.path = path
+        self.metadata: dict[str, str] = {}
+        self._room = room
         self._file = path.open("wb")
         self._header: dict[str, Any] = {}
         self._header_bytes = 2
         self._offset = 0
-        self._file.seek(8 + self.ROOM)
+        self._file.seek(8 + room)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +182,7 @@ class TensorWriter:
 
     def fits(self, names: int) -> bool:
         """Whether the header has room for ``names`` more tensors of ordinary names (up to 150 characters)."""
-        return self._header_bytes + 300 * names < self.ROOM
+        return self._header_bytes + 300 * names < self._room
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a CPU tensor. Its bytes are written as they lie if it is contiguous, else from a temporary copy."""
@@ -187,7 +193,7 @@ class TensorWriter:
             "data_offsets": [self._offset, self._offset + nbytes],
         }
         self._header_bytes += len(json.dumps({name: entry}))
-        if self._header_bytes > self.ROOM:
+        if self._header_bytes > self._room:
             raise ValueError(f"no room in the header for {name}")
         if nbytes:
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -198,10 +204,13 @@ class TensorWriter:
     def close(self) -> None:
         """Write the header, sync to disk and close."""
         try:
-            text = json.dumps(self._header).encode().ljust(self.ROOM)
+            header = {"__metadata__": self.metadata} | self._header if self.metadata else self._header
+            text = json.dumps(header).encode().ljust(self._room)
+            if len(text) > self._room:
+                raise ValueError(f"no room in the header for {len(self.metadata)} metadata")
             self._file.seek(0)
             self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.truncate(8 + self.ROOM + self._offset)
+            self._file.truncate(8 + self._room + self._offset)
             self._file.flush()
             os.fsync(self._file.fileno())
         finally:

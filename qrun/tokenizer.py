@@ -87,6 +87,10 @@ class Tokenizer:
         """The id of one token by its exact text, or None."""
         return self._core.token_to_id(token)
 
+    def to_json(self) -> str:
+        """What tokenizer.json would say, with the tokens that the other files declare."""
+        return self._core.to_str()
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text. special: control strings in it count, and the checkpoint's own prefix (BOS) is added.
 

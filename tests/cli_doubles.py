@@ -29,6 +29,23 @@ class Bound:
     fallback: bool
 
 
+MARKDOWN = """\
+# A heading
+Some **bold text**, `code` and a [link](https://qrun.example/a_b) in a line that is long enough to be broken once.
+
+- first *item*
+- second item, which goes on and on until the edge of the terminal makes it go on below
+```python
+def main():
+    return "a string"  # a comment
+```
+| name | size |
+|------|-----:|
+| 中文 | 12 |
+
+> quoted 2 * 3 * 4
+"""
+
 CARD = RunCard(
     model="double",
     family="ernie4_5",
@@ -54,18 +71,27 @@ CARD = RunCard(
 
 @dataclass
 class PlayedWords(Played):
-    """A reply with a pause before each token, in seconds."""
+    """A reply with a pause before each token, and a time that its prompt takes to read, in seconds."""
 
     pause: float = 0.0
+    reading: float = 0.0
 
     def __next__(self) -> int:
+        if self.reading and not self.prefilled:
+            while self.prefilled < len(self.prompt):
+                self.prefilled += 1
+                time.sleep(self.reading / len(self.prompt))
         time.sleep(self.pause)
         return super().__next__()
 
 
 @dataclass
 class WordEngine(ScriptedEngine):
-    """Answers a prompt by what stands in it: `long` goes on for minutes, `escape` sends one, `think` reasons first."""
+    """Answers a prompt by what stands in it.
+
+    `long` goes on for minutes, `escape` sends one, `think` reasons first, `markdown` is formatted, `novel` takes two
+    seconds to be read; what stands behind `verbatim ` is the answer.
+    """
 
     card: RunCard = CARD
     recipe: Recipe = field(default_factory=Recipe.parse)
@@ -77,8 +103,7 @@ class WordEngine(ScriptedEngine):
 
     def set_kv(self, kv: str) -> None:
         self.recipe = self.recipe.with_kv(kv)
-        self.card = replace(self.card, kv=kv)
-        self.cached_ids = []
+        self.card = replace(self.card, kv=kv, kv_bytes_per_token=720)
 
     def generate(
         self,
@@ -88,21 +113,30 @@ class WordEngine(ScriptedEngine):
         sampling: Any = None,
         stop_ids: Collection[int] = (),
         loop_guard: bool = True,
+        constraint: Any = None,
+        logprobs: int | None = None,
     ) -> Played:
         asked = self.tokenizer.decode(ids).rpartition("user\n")[2].removesuffix("\nassistant\n")
-        answer, pause = f"You said: {asked}", 0.0
+        answer, pause, reading = f"You said: {asked}", 0.0, 0.0
         if "long" in asked:
             answer, pause = "word " * 20_000, 0.01
         elif "flood" in asked:
             answer = "flood " * 20_000
         elif "escape" in asked:
             answer = "\x1b[31mred\x07\r\x9b2J"
+        elif "markdown" in asked:
+            answer, pause = MARKDOWN, 0.004
+        elif "novel" in asked:
+            answer, reading = "read", 2.0
+        elif "verbatim " in asked:
+            answer = asked.partition("verbatim ")[2]
         elif "think" in asked:
             answer = "<think>hm</think>done"
         self.chosen.append(sampling)
         tokens = [*self.tokenizer.encode(answer, special=False), next(iter(stop_ids))]
         self.prompts.append(list(ids))
-        played = PlayedWords(self, list(ids), tokens, max_tokens, frozenset(stop_ids), pause=pause)
+        played = PlayedWords(self, list(ids), tokens, max_tokens, frozenset(stop_ids), pause=pause, reading=reading)
+        played.constraint, played.alternatives = constraint, logprobs
         played.stats.seed = 7 if sampling is None or sampling.seed is None else sampling.seed
         self.played.append(played)
         return played

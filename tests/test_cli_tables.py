@@ -2,9 +2,13 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import cli_doubles
+import psutil
 import pytest
 
 import qrun
@@ -19,13 +23,16 @@ from qrun.errors import UsageError
 from qrun.eval import EvalRow
 
 BENCH = BenchRow(
-    model="double", size=2_500_000, parameters=5_100_000, backend="cpu", threads=2, recipe="W4A16C16", kv="bf16",
-    test="pp512", mean=1234.5, std=6.7, median=1234.0, samples=(1230.0, 1239.0), first_token_seconds=0.41,
-    load_seconds=1.2, peak_memory=600_000_000, bandwidth=2e10, bandwidth_share=None,
+    model="double", size=2_500_000, parameters=5_100_000, backend="cpu", device="CPU, 2 threads", threads=2,
+    recipe="W4A16C16", kv="bf16", test="pp512", mean=1234.5, std=6.7, median=1234.0, samples=(1230.0, 1239.0),
+    variation=0.005, drift=0.0, noisy=False, in_turns=True, first_token_seconds=0.41, load_seconds=1.2,
+    quantize_seconds=0.5, from_store=False, peak_memory=600_000_000, bandwidth=2e10, bandwidth_share=None,
 )  # fmt: skip
 EVAL = EvalRow(
-    model="double", recipe="W4A16C16", kv="bf16", size=2_500_000, kv_bytes_per_token=2560, reference="W16A16C16",
-    tokens=99, perplexity=4.5, perplexity_error=0.5, kl_mean=0.012, kl_median=0.01, kl_p99=0.1, top1=0.95,
+    model="double", parameters=5_100_000, recipe="W4A16C16", kv="bf16", size=2_500_000, bits_per_weight=3.92,
+    kv_bytes_per_token=2560, reference="W16A16C16", text="book.txt", window=512, tokens=99, perplexity=4.5,
+    perplexity_error=0.5, kl_mean=0.012, kl_median=0.01, kl_p99=0.1, top1=0.95,
+    perplexity_by_quarter=(4.0, 4.5, 4.6, 4.9), kl_by_quarter=(0.011, 0.012, 0.0125, 0.0133),
 )  # fmt: skip
 
 
@@ -36,12 +43,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     def run(model: str, **options: object) -> Iterator[BenchRow]:
         found.update(options, model=model)
-        yield from (BENCH, BENCH)
+        yield from found.get("rows", (BENCH, BENCH))
 
     def evaluate(model: str, quants: object, kvs: object, text: object, **options: object) -> list[EvalRow]:
         found.update(options, model=model, quants=quants, kvs=kvs, text=text)
-        return [EVAL]
+        return found.get("rows", [EVAL])
 
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 4.0)
     monkeypatch.setattr(qrun.bench, "run", run)
     monkeypatch.setattr(qrun.eval, "evaluate", evaluate)
     return found
@@ -66,7 +74,65 @@ def test_bench_forms(asked: dict[str, object], capsys: pytest.CaptureFixture[str
     assert main(["bench", "-o", "jsonl"]) == 0
     assert [json.loads(row)["mean"] for row in capsys.readouterr().out.splitlines()] == [1234.5, 1234.5]
     assert main(["bench", "-o", "json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    written = json.loads(capsys.readouterr().out)
+    assert len(written) == 2 and written[0]["samples"] == [1230.0, 1239.0]
+    assert written[0]["qrun"] == qrun.__version__ and written[0]["busy"] == 0.04
+    assert {"torch", "processor", "cores", "when"} <= set(written[0])
+
+
+def test_bench_says_what_disturbed_it(
+    asked: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "qwen3"]) == 0
+    assert capsys.readouterr().err == ""
+    disturbed = replace(BENCH, noisy=True, variation=0.02, drift=-0.11, test="tg128")
+    asked["rows"] = [BENCH, disturbed, replace(BENCH, in_turns=False, text="built-in", kl_mean=0.5, top1=0.875)]
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 55.0)
+    assert main(["bench", "qwen3", "--quality"]) == 0
+    out, err = capsys.readouterr()
+    for part in (
+        "other programs take 55 %",
+        "1 of 3 tests",
+        "tg128 of W4A16C16 by 11 %",
+        "one after another",
+        "built-in",
+    ):
+        assert part in err
+    assert [cell.strip() for cell in out.splitlines()[0].split("|")[-3:-1]] == ["KL", "same top"]
+    assert [cell.strip() for cell in out.splitlines()[-1].split("|")[-3:-1]] == ["0.50000", "87.5 %"]
+    assert asked["quality"] is True
+
+
+def test_eval_of_long_windows_shows_how_the_divergence_grows(
+    asked: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--window", "2048"]) == 0
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in header.split("|")[-3:-1]] == ["KL 1st ¼", "KL last ¼"]
+    assert [cell.strip() for cell in row.split("|")[-3:-1]] == ["0.01100", "0.01330"]
+    assert main(["eval"]) == 0
+    assert "¼" not in capsys.readouterr().out
+    asked["rows"] = [replace(EVAL, text="built-in")]
+    assert main(["eval"]) == 0
+    assert "qrun eval --text FILE" in capsys.readouterr().err
+
+
+def test_pictures(
+    asked: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("bench", "eval"):
+        picture = tmp_path / f"{command}.svg"
+        assert main([command, "--plot", str(picture)]) == 0
+        assert "</svg>" in picture.read_text(encoding="utf-8")
+        asked.clear()
+        capsys.readouterr()
+        assert main([command, "--plot", str(tmp_path / "picture.pdf")]) == 2
+        assert ".png or .svg" in capsys.readouterr().err
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "matplotlib", None)
+            assert main([command, "--plot", str(picture)]) == 2
+        assert 'pip install "qrun-llm[plot]"' in capsys.readouterr().err
+        assert asked == {}, "nothing is measured for a picture that cannot be drawn"
 
 
 def test_eval(asked: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_a_conversation(chat: Terminal, tmp_path: Path, own_directories: Path) -
     chat.ask("/set temperature 0.5", r"temperature\s+0.5")
     chat.ask("/set temp -1", "temperature is -1")
     chat.ask("/system Be brief.", "system prompt: Be brief.")
-    chat.ask("/kv int4", "read again(.|\n)*int4, 0 of 4096")
+    chat.ask("/kv int4", "tokens converted from bf16 to int4(.|\n)*int4, \\d+ of 4096")
     chat.ask("/stats", "1 replies")
     chat.ask("think", "hm(.|\n)*done")
     chat.ask("/think hide", "hidden")
@@ -154,6 +154,33 @@ def test_ctrl_c_stops_a_reply_hints_and_quits(chat: Terminal) -> None:
     chat.expect("stopped by you(.|\n)*>>> ")
     chat.type("\x03")
     assert chat.code() == 130
+
+
+def test_markdown_is_shown_as_it_comes_and_stands_a_resized_window(chat: Terminal) -> None:
+    chat.ask("markdown", "A heading\r\nSome bold text, code and a link .https")
+    fcntl.ioctl(chat.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    os.killpg(chat.process.pid, signal.SIGWINCH)
+    rest = chat.expect("seed 7")
+    assert "• first item\r\n• second item, which goes on\r\n  and on" in rest
+    assert '```python\r\ndef main():\r\n    return "a string"  # a comment\r\n```\r\nname   size' in rest
+    assert "中文     12" in rest and "│ quoted 2 * 3 * 4" in rest
+    chat.ask("/set markdown off", r"markdown\s+off")
+    assert "- first *item*\r\n" in chat.ask("markdown", "seed 7")
+    chat.ask("/set markdown maybe", "does not exist")
+
+
+def test_how_far_a_long_prompt_is(chat: Terminal) -> None:
+    chat.ask("novel", r"reading, \d+ of \d+ tokens, \d+ tok/s, \d+ s left")
+    chat.expect("read\r\n")
+
+
+def test_what_comes_in_during_a_reply_waits_whole(chat: Terminal) -> None:
+    chat.ask("markdown", "A heading")
+    chat.type("next\r\x1b[200~one\rtwo\x1b[201~")
+    rest = chat.expect("seed(.|\n)*You said:(.|\n)*next(.|\n)*seed(.|\n)*two")
+    assert "You said: one" not in rest
+    chat.type("\r")
+    chat.expect("You said:(.|\n)*one\r\ntwo(.|\n)*seed")
 
 
 def pipe(*arguments: str, stdin: str = "", **more: object) -> subprocess.CompletedProcess[str]:

@@ -78,7 +78,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 def test_linear(cpu: CPUBackend, plain: Backend, name: str, rows: int, columns: int) -> None:
     w = weight({**SCHEMES, **FALLBACKS}[name], rows, columns)
     bias = torch.randn(rows)
-    for tokens in (1, 13, 101):
+    for tokens in (1, 3, 8, 13, 101):
         x = torch.randn(tokens, columns)
         assert difference(cpu.linear(w, bias)(x), plain.linear(w, bias)(x)) < 2e-4
 
@@ -86,7 +86,7 @@ def test_linear(cpu: CPUBackend, plain: Backend, name: str, rows: int, columns: 
 @pytest.mark.parametrize("name", ["int8", "int4 g64"])
 def test_linear_int8_activations(cpu: CPUBackend, plain: Backend, name: str) -> None:
     w = weight(SCHEMES[name], 70, 352)
-    for tokens in (1, 13):
+    for tokens in (1, 3, 8, 13):
         x = torch.randn(tokens, 352)
         found, wanted = (backend.linear(w, activations="int8")(x) for backend in (cpu, plain))
         assert difference(found, wanted) < 2e-6
@@ -185,7 +185,7 @@ def test_moe_block(cpu: CPUBackend, plain: Backend, name: str, shared: bool) -> 
         shared_down=weight(scheme, hidden, 80) if shared else None,
     )
     spec = MoESpec(top_k=3, normalise=shared, norm_min=1e-12)
-    for tokens in (1, 33):
+    for tokens in (1, 5, 33):
         x = torch.randn(tokens, hidden)
         found, wanted = (backend.moe_block(1e-5, spec, weights)(x) - x for backend in (cpu, plain))
         assert difference(found, wanted) < 3e-4

@@ -103,6 +103,46 @@ def test_attention_block(
         assert difference(found, wanted) < 2e-2 * SLACK
 
 
+@pytest.mark.parametrize(("k", "v"), [("bf16", "bf16"), ("int8", "int4")])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(4, 2, 64, 8), (2, 2, 24, None)])
+def test_conversations_abreast(
+    cuda: CUDABackend, plain: Backend, k: str, v: str, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    """One token of each of three conversations of different lengths, twice; in FP16 a row is what it is alone."""
+    hidden = 96
+    weights = AttentionWeights(
+        norm=vector(hidden).abs() + 0.5,
+        qkv=weight("int8", (heads + 2 * kv_heads) * dim, hidden),
+        o=weight("int8", hidden, heads * dim),
+        qkv_bias=vector((heads + 2 * kv_heads) * dim),
+    )
+    spec = AttentionSpec(heads=heads, kv_heads=kv_heads, head_dim=dim, eps=1e-5, window=window)
+    recipe = Recipe.parse("bf16", f"k{k}v{v}")
+    ours, theirs = cuda.attention_block(spec, weights), plain.attention_block(spec, weights)
+    lengths = [20, 1, 7]
+    caches = [
+        [
+            KVCache(
+                layers=1, kv_heads=kv_heads, head_dim=dim, capacity=32, k=kv_format(recipe.k), v=kv_format(recipe.v),
+                device=torch.device(DEVICE),
+            ).layers[0]
+            for _ in lengths
+        ]
+        for _ in range(2)
+    ]  # fmt: skip
+    for mine, other, length in zip(*caches, lengths, strict=True):
+        x = torch.randn(length, hidden, device=DEVICE)
+        ours(x, mine, angles(0, length, dim))
+        theirs(x, other, angles(0, length, dim))
+    for turn in range(2):
+        steps = [angles(length + turn, length + turn + 1, dim) for length in lengths]
+        x = torch.randn(len(lengths), hidden, device=DEVICE)
+        found, wanted = ours.abreast(x, caches[0], steps) - x, theirs.abreast(x, caches[1], steps) - x
+        assert difference(found, wanted) < (3e-2 if v == "int4" else 6e-3) * SLACK
+        for row in range(len(lengths)):
+            assert difference(found[row], wanted[row]) < (6e-2 if v == "int4" else 1e-2) * SLACK
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_ffn_block(cuda: CUDABackend, plain: Backend, name: str) -> None:
     inner = 128 if name == "fp8" else 100

@@ -18,7 +18,10 @@ from oracle import logits, make
 import qrun
 import qrun.api
 from qrun.backends.cuda import CUDABackend
+from qrun.batch import Batch, Request
+from qrun.cache import KVCache
 from qrun.engine import Engine
+from qrun.sampler import Sampling
 
 IDS = [(7 * i * i + 3 * i + 1) % 97 for i in range(20)]
 
@@ -81,6 +84,35 @@ def test_sampling_on_the_device(on_card: None, tmp_path: Path) -> None:
     next(stopped)
     stopped.close()
     assert engine.cache.length == len(engine.ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "kv"), [("ernie-odd", "wint4", "int8"), ("ernie-moe-no-shared", "wint8", "fp32")]
+)
+def test_prompts_run_together(on_card: None, tmp_path: Path, case: str, recipe: str, kv: str) -> None:
+    """The logits of a step of three conversations are those of each alone; and a batch comes to its ends."""
+    make(case, tmp_path, torch.bfloat16, num_hidden_layers=1)
+    engine = load(tmp_path, recipe, kv)
+    prompts = [IDS[3:4], IDS[:9], IDS[:9] + IDS[11:14]]
+    wanted: list[torch.Tensor] = []
+    beside: list[KVCache] = []
+    for ids in prompts:
+        engine.logits(ids)
+        wanted.append(engine.step(torch.tensor([5], device=DEVICE)).clone())
+        engine.reset()
+        other = engine.beside(kv)
+        other.logits(ids)
+        beside.append(other.cache)
+    with torch.inference_mode():
+        found = engine.decoder.forward_many(torch.tensor([5, 5, 5], device=DEVICE), beside)
+    assert difference(found, torch.cat(wanted)) < 4e-3 * SLACK
+    settings: dict[str, Any] = {"max_tokens": 2, "loop_guard": False, "sampling": Sampling(top_k=20, seed=3)}
+    streams = list(Batch(engine, [Request(ids=ids, **settings) for ids in prompts], width=2).streams)
+    made = [list(stream) for stream in streams]
+    assert [len(ids) for ids in made] == [2, 2, 2]
+    assert [stream.stats.reused_tokens for stream in streams] == [0, 0, 9]
+    if DEVICE == "cpu":  # in BF16 another token may win
+        assert made == [list(engine.generate(ids, **settings)) for ids in prompts]
 
 
 class Counted(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """The quality measures: against a computation from transformers' own logits, and their sense of direction."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from oracle import logits, make
 from tokenizers import models, pre_tokenizers
 
-from qrun.errors import UsageError
-from qrun.eval import HELD_OUT, EvalRow, evaluate
+import qrun.eval
+from qrun.api import load
+from qrun.errors import DoesNotFitError, UsageError
+from qrun.eval import BUILT_IN, HELD_OUT, EvalRow, evaluate
 
 WINDOW = 24
 IDS = [(5 * i * i + 3 * i + 1) % 97 for i in range(90)]
@@ -76,7 +79,8 @@ def test_a_text_of_ones_own(folder: Path, tmp_path: Path) -> None:
     (from_file,) = rows_of(folder, text=file)
     (from_text,) = rows_of(folder, text=file.read_text(encoding="utf-8"))
     (limited,) = rows_of(folder, text=file, max_tokens=10)
-    assert from_file == from_text
+    assert (from_file.text, from_text.text) == ("text.txt", "")
+    assert replace(from_file, text="") == from_text
     assert limited.tokens == 9
 
 
@@ -86,8 +90,8 @@ def test_texts_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if file.name != HELD_OUT:
             (bare / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UsageError, match="no held-out text"):
-        rows_of(bare)
+    (row,) = rows_of(bare, max_tokens=50)
+    assert (row.text, row.tokens) == (BUILT_IN, 50 - 3)
     with pytest.raises(UsageError, match="cannot read"):
         rows_of(folder, text=tmp_path / "missing.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -97,3 +101,44 @@ def test_texts_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         rows_of(folder, text="w5")
     with pytest.raises(UsageError, match="at least one recipe"):
         rows_of(folder, [])
+
+
+def test_quarters_of_the_window(folder: Path) -> None:
+    """The windows' quarters together are the whole; a short last window fills only the first of them."""
+    (row,) = rows_of(folder, ["wint4"], max_tokens=2 * WINDOW + 6)
+    assert row.bits_per_weight == pytest.approx(8 * row.size / row.parameters)
+    counts = [18, 12, 12, 12]
+    assert sum(n * kl for n, kl in zip(counts, row.kl_by_quarter, strict=True)) / 54 == pytest.approx(row.kl_mean)
+    losses = [n * math.log(p) for n, p in zip([17, 12, 12, 10], row.perplexity_by_quarter, strict=True)]
+    assert sum(losses) / 51 == pytest.approx(math.log(row.perplexity))
+    assert len(set(row.kl_by_quarter)) == 4
+    (short,) = rows_of(folder, ["wint4"], max_tokens=7)
+    assert short.kl_by_quarter == short.perplexity_by_quarter == ()
+
+
+def test_the_size_of_chunks_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rows_of(folder, ["wint8"], ["int8", "bf16"])
+    monkeypatch.setattr(qrun.eval, "CHUNK", 7)
+    for row, before in zip(rows_of(folder, ["wint8"], ["int8", "bf16"]), whole, strict=True):
+        assert row.perplexity == pytest.approx(before.perplexity, rel=1e-4)
+        assert row.kl_by_quarter == pytest.approx(before.kl_by_quarter, rel=0.05)
+
+
+def test_engines_beside_each_other_share_weights_alone(folder: Path) -> None:
+    base = load(folder, "bf16", context=WINDOW, cache=False)
+    other = base.beside("int4")
+    assert other.decoder is base.decoder and (base.card.kv, other.card.kv) == ("bf16", "int4")
+    assert other.card.kv_bytes_per_token < base.card.kv_bytes_per_token
+    alone = base.logits(IDS[:20])
+    assert base.cached_ids == tuple(IDS[:20]) and other.cached_ids == ()
+    pairs = zip(base.logits_chunks(IDS[:20], 8), other.logits_chunks(IDS[:20], 8), strict=True)
+    assert [(len(one), len(two)) for one, two in pairs] == [(8, 8), (8, 8), (4, 4)]
+    torch.testing.assert_close(base.logits(IDS[:20]), alone)
+
+
+def test_windows_longer_than_the_model_or_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="takes 1 to 512"):
+        evaluate(folder, window=513, cache=False)
+    monkeypatch.setattr(qrun.eval, "available", lambda: 10_000)
+    with pytest.raises(DoesNotFitError, match=r"2 caches of 24 tokens need .* fewer formats with --kv"):
+        rows_of(folder, ["bf16"], ["bf16", "int8"])

@@ -21,7 +21,6 @@ from qrun.backends.base import Backend, Feed, FfnWeights
 from qrun.backends.cuda import CUDABackend
 from qrun.backends.cuda_matrix import pack, pack_stack, packs
 from qrun.backends.cuda_space import EXPANDED
-from qrun.cache import KVCache
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, ModelNotFoundError
 from qrun.formats import format_of, kv_format
@@ -363,26 +362,6 @@ def test_memory_runs_out_while_running(
     assert len(held) == 1 and h200["gone"]
     assert engine.cache.length == len(engine.ids) == (20 if at == "step" else 0)
     setattr(engine.decoder, part, whole)
-    assert greedy(engine, ids) == wanted
-
-
-def test_memory_runs_out_for_another_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine has its first cache again, or one like it."""
-    monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: Backend())
-    engine = qrun.api.load(folder, context=64)
-    ids = [5, 6, 7]
-    wanted, card, alive = greedy(engine, ids), engine.card, weakref.ref(engine.cache)
-
-    def cache(**options: Any) -> KVCache:
-        assert alive() is None, "there may be no room for two"
-        if options["k"].name == "int8":
-            raise MemoryError
-        return KVCache(**options)
-
-    monkeypatch.setattr(qrun.engine, "KVCache", cache)
-    with pytest.raises(DoesNotFitError, match=r"^memory ran out"):
-        engine.set_kv("int8")
-    assert engine.card is card and engine.recipe.kv == card.kv
     assert greedy(engine, ids) == wanted
 
 

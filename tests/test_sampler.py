@@ -88,6 +88,33 @@ def test_a_device_may_choose_in_its_own_way_by_seeded_settings() -> None:
     assert shown == [[[3.0, 2.0, 1.0]], [[1.0, 2.0, 1.0]], [[1.0, 1.5, 1.0]]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2, "temperature": 2.0}], ids=str)
+def test_only_what_is_allowed_is_drawn(settings: dict[str, Any]) -> None:
+    """Cuts and chances are of what is allowed alone, and the logits themselves stay as they are."""
+    allowed = torch.tensor([False, True, False, True, False])
+    sampler, logits = Sampler(Sampling(**(OFF | {"seed": 1} | settings)), [], 5, "cpu"), CHANCES.log()[None]
+    tokens = torch.cat([sampler(logits, allowed) for _ in range(2000)])
+    alone = drawn(torch.where(allowed, CHANCES.log(), -1e9), count=2000, **settings)
+    assert set(tokens.tolist()) <= {1, 3} and torch.equal(logits[0], CHANCES.log())
+    assert (torch.bincount(tokens, minlength=5) / 2000 - alone).abs().max() < 0.05
+
+
+def test_one_allowed_token_is_chosen_whatever_else_is_asked() -> None:
+    shown: list[torch.Tensor] = []
+
+    def choose(settings: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda logits: (shown.append(logits), logits.argmax(-1))[1]
+
+    only = torch.tensor([False, False, False, False, True])
+    for settings in ({"temperature": 0}, {"top_k": 2, "top_p": 0.5, "repeat_penalty": 3.0, "frequency_penalty": 1.0}):
+        for hook in ({}, {"choose": choose}):
+            sampler = Sampler(Sampling(**(OFF | settings)), [4, 1], 5, "cpu", **hook)
+            assert [int(sampler(CHANCES.log()[None], only)) for _ in range(3)] == [4, 4, 4]
+    assert len(shown) == 6 and all(logits.isinf().sum() == 4 for logits in shown), (
+        "the device's way is given masked ones"
+    )
+
+
 def test_settings_that_a_device_has_no_way_for_are_chosen_by_as_ever() -> None:
     def some(**hook: Any) -> list[int]:
         sampler = Sampler(Sampling(seed=3), [], 50, "cpu", **hook)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,50 @@ def test_a_loaded_or_edited_conversation_is_encoded_as_transformers_would(make: 
     assert other.messages == session.messages
     said(other, "Really?")
     assert engine.prompts[0] == tokenizer.encode_chat(other.messages[:-1])
+
+
+@pytest.mark.parametrize("family", ["ernie", "llama3", "mistral", "qwen3", "deepseek-r1"])
+def test_a_snapshot_spares_reading_the_conversation_again(make: Make, family: str, tmp_path: Path) -> None:
+    """Also where the model spelled its answer as no tokenizer would, and where its last token is not in the cache."""
+    answer = " Hello you" if family == "mistral" else "Hello you"  # its template puts a space before answers
+    letters = [i for letter in answer for i in make(family)[2].encode_marked(letter, continues=True)]
+    system = None if family == "mistral" else "Be brief."
+    session, engine, _ = make(family, "Fine.", letters, "Yes.", system=system)
+    said(session, "How are you?")
+    session.max_tokens = len(letters)
+    said(session, "And <|im_end|> then?")
+    held = len(engine.cached_ids)
+    assert held == len(engine.prompts[1]) + len(letters) - 1
+    session.save(tmp_path / "talk.json")
+    session.snapshot(tmp_path / "talk.kv")
+
+    other, engine, _ = make(family, "Yes.")
+    other.load(tmp_path / "talk.json")
+    assert other.restore(tmp_path / "talk.kv") == held
+    here, there = session.stream("Really?"), other.stream("Really?")
+    assert [list(here), there.prompt] == [list(there), here.prompt]
+    assert there.stats.reused_tokens == here.stats.reused_tokens > 0
+    if family != "deepseek-r1":  # whose reasoning, here all it said, is not read again
+        assert there.stats.reused_tokens == held
+
+
+def test_a_snapshot_of_another_conversation_is_not_believed(make: Make, tmp_path: Path) -> None:
+    session, engine, _ = make("ernie", "Fine.")
+    said(session, "How are you?")
+    session.save(tmp_path / "talk.json")
+    state = json.loads((tmp_path / "talk.json").read_text())
+    state["messages"][0]["content"] = "Who are you?"
+    (tmp_path / "talk.json").write_text(json.dumps(state))
+    session.snapshot(tmp_path / "talk.kv")
+    other, engine, tokenizer = make("ernie", "Yes.")
+    other.load(tmp_path / "talk.json")
+    other.restore(tmp_path / "talk.kv")
+    said(other, "Really?")
+    assert engine.prompts[0] == tokenizer.encode_chat(other.messages[:-1])
+    assert other.messages[0]["content"] == "Who are you?"
+    with pytest.raises(QrunError):
+        other.restore(tmp_path / "none.kv")
+    assert len(other.messages) == 4
 
 
 def test_system_and_its_change(make: Make) -> None:
@@ -341,6 +386,81 @@ def test_complete(make: Make) -> None:
     assert session.messages == []
 
 
+@dataclass
+class Told:
+    """A constraint that allows everything and remembers what it is told."""
+
+    complete = False
+    ids: list[int] = field(default_factory=list)
+
+    def allowed(self) -> None:
+        return None
+
+    def push(self, token: int) -> None:
+        self.ids.append(token)
+
+
+def test_a_constraint_is_told_of_the_answer_and_not_of_the_reasoning(make: Make) -> None:
+    for family, answer in (
+        ("qwen3", "Fine."),
+        ("qwen3", "<think>\nso it is\n</think>\n\nFine."),
+        ("ernie-thinking", "so it is\n</think>\n\nFine."),
+    ):
+        session, _, tokenizer = make(family, answer)
+        told = Told()
+        reply = session.stream("How?", constraint=told)
+        list(reply)
+        assert reply.text == "Fine."
+        assert tokenizer.decode(told.ids).strip() == "Fine."
+    session, engine, _ = make("qwen3", "<think>x")
+    told = Told()
+    list(session.complete("How?", constraint=told))
+    assert told.ids == engine.played[0].tokens[:-1]  # a text that is continued has no reasoning
+
+
+def test_logprobs_have_their_tokens_text(make: Make) -> None:
+    session, _, _ = make("mistral", " you 😀", "b")
+    reply = session.complete("Hello there, how are", logprobs=1)
+    assert reply.logprobs == []
+    list(reply)
+    texts = [choice.text for choice in reply.logprobs]
+    assert "".join(texts).rstrip("\ufffd") == " you "  # the bytes of one character have none of their own
+    assert [choice.token for choice in reply.logprobs] == reply.ids
+    assert [[other.token for other in choice.top] for choice in reply.logprobs] == [[65]] * len(reply.ids)
+    reply = session.complete("Hello")
+    list(reply)
+    assert reply.logprobs == []
+
+
+def test_progress_counts_the_prompts_tokens(make: Make) -> None:
+    session, engine, _ = make("ernie", "a")
+    reply = session.stream("Hello there")
+    assert reply.progress == (0, len(reply.prompt.ids))
+    list(reply)
+    assert reply.progress == (len(engine.prompts[0]),) * 2
+
+
+def test_prompts_of_their_own_leave_the_conversation_alone(make: Make) -> None:
+    session, engine, tokenizer = make("ernie", "one", "two", "three", "four", system="Sys.")
+    said(session, "a")
+    before = session.messages
+    reply = session.ask(session.question("b", max_tokens=1))
+    list(reply)
+    assert reply.finish_reason == "length"
+    talk = [{"role": "system", "content": "Other."}, {"role": "user", "content": "c"}]
+    assert "".join(delta.text for delta in session.ask(session.question(talk))) == "three"
+    assert session.messages == before
+    read = [tokenizer.text_after([], ids) for ids in engine.prompts]
+    assert read[1].endswith("Sys.\nUser: b\nAssistant: ") and "User: a" not in read[1]
+    assert read[2].endswith("Other.\nUser: c\nAssistant: ") and "Sys." not in read[2]
+    said(session, "d")
+    assert "User: a\nAssistant: one" in tokenizer.text_after([], engine.prompts[3])
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        session.prepare(session.question(" "))
+    with pytest.raises(ContextOverflowError, match="the prompt has"):
+        session.prepare(session.question("word " * 5000))
+
+
 def test_a_base_model_completes_but_does_not_chat(make: Make) -> None:
     session, _, _ = make("base", " you?")
     with pytest.raises(TemplateError, match=r"base model.*qrun generate --raw"):
@@ -393,6 +513,9 @@ BAD = {
     '{"qrun_transcript": 2}': "version 2, this qrun reads 1",
     '{"qrun_transcript": 1}': "'messages' is missing",
     '{"qrun_transcript": 1, "messages": [3]}': "message 1: role is None",
+    '{"qrun_transcript": 1, "messages": [], "about": 1}': "'about' is no object",
+    '{"qrun_transcript": 1, "messages": [], "first": -1}': "first is -1",
+    '{"qrun_transcript": 1, "messages": [], "prompt_tokens": "9"}': "prompt_tokens is '9'",
     '{"qrun_transcript": 1, "messages": [{"role": "root", "content": ""}]}': "role is 'root'",
     '{"qrun_transcript": 1, "messages": [{"role": "user", "content": ["a"]}]}': "content is no text",
     "[" * 100_000: "damaged",

@@ -13,7 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. A module belongs to the longest name that begins its own; it imports from its layer or below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("qrun.errors", "qrun.kernels", "qrun.spark", "qrun.paths", "qrun.aliases", "qrun.repetition", "qrun.resident"),
+    (
+        "qrun.errors",
+        "qrun.kernels",
+        "qrun.bench_compare",
+        "qrun.spark",
+        "qrun.paths",
+        "qrun.aliases",
+        "qrun.repetition",
+        "qrun.resident",
+    ),
+    ("qrun.doctor_check", "qrun.doctor_environment", "qrun.doctor_machine", "qrun.doctor_versions"),
     (
         "qrun.recipe",
         "qrun.tensorfile",
@@ -24,14 +34,34 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("qrun.formats",),
     ("qrun.cache",),
-    ("qrun.backends",),
+    ("qrun.backends", "qrun.doctor_kernels"),
     ("qrun.models",),
-    ("qrun.checkpoint", "qrun.store", "qrun.memory", "qrun.names", "qrun.hub", "qrun.runcard", "qrun.bandwidth"),
-    ("qrun.sampler", "qrun.tokenizer", "qrun.transcript"),
+    (
+        "qrun.checkpoint",
+        "qrun.store",
+        "qrun.memory",
+        "qrun.names",
+        "qrun.hub",
+        "qrun.runcard",
+        "qrun.bandwidth",
+        "qrun.doctor_devices",
+        "qrun.snapshot",
+    ),
+    ("qrun.sampler", "qrun.logprobs", "qrun.tokenizer", "qrun.grammar", "qrun.transcript"),
     ("qrun.loader",),
-    ("qrun.engine",),
-    ("qrun.api",),
-    ("qrun.reply", "qrun.session", "qrun.bench", "qrun.eval"),
+    ("qrun.engine", "qrun.generation", "qrun.batch"),
+    ("qrun.api", "qrun.contender"),
+    (
+        "qrun.reply",
+        "qrun.recall",
+        "qrun.question",
+        "qrun.session",
+        "qrun.bench",
+        "qrun.eval",
+        "qrun.plot",
+        "qrun.doctor_model",
+        "qrun.doctor",
+    ),
     ("qrun",),
     ("qrun.cli",),
 )
@@ -43,6 +73,8 @@ CONFINED = {
     "triton": "qrun.kernels",
     "typer": "qrun.cli",
     "prompt_toolkit": "qrun.cli",
+    "llguidance": "qrun.grammar",
+    "matplotlib": "qrun.plot",
 }
 NEVER = ("click", "transformers", "tests", "tools", "benchmarks", "backends", "kernels")
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from qrun.errors import SnapshotError
+
 CORPUS = [
     "User: Hello there, how are you today?\nAssistant: I am fine, thank you. The number is 12345.\n",
     "def main():\n    return [0, 1, 2]\n\nprint(main())\n",
@@ -108,9 +110,22 @@ QWEN3 = """\
 {%- endif %}
 """
 
+DEEPSEEK_R1 = """\
+{{- bos_token }}
+{%- for message in messages if message.role == 'system' %}{{- message.content }}{%- endfor %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'user' %}
+        {{- '<｜User｜>' + message.content }}
+    {%- else %}
+        {{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜><think>\\n' }}{%- endif %}
+"""
+
 _BYTE_SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
 _PIECE_SPECIALS = ("<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|im_start|>", "<|im_end|>")
 
@@ -131,7 +146,8 @@ def _byte_level() -> str:
     )
     core.train_from_iterator(CORPUS, trainer)
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _BYTE_SPECIALS])
-    core.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tags = ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>")
+    core.add_tokens([AddedToken(text, normalized=False) for text in tags])
     return core.to_str()
 
 
@@ -159,6 +175,8 @@ def _pieces(prefix: bool) -> str:
 FAMILIES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "ernie": ("pieces", ERNIE, {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<|begin_of_sentence|>",
                                 "sep_token": "<|end_of_sentence|>", "pad_token": "<unk>", "unk_token": "<unk>"}),
+    "deepseek-r1": ("bytes", DEEPSEEK_R1, {"bos_token": "<｜begin▁of▁sentence｜>",
+                                           "eos_token": "<｜end▁of▁sentence｜>"}),
     "ernie-thinking": ("pieces", ERNIE_THINKING, {"bos_token": "<s>", "eos_token": "</s>"}),
     "llama3": ("bytes", LLAMA3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
     "mistral": ("prefix", MISTRAL, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
@@ -192,6 +210,15 @@ class Numbers:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Held:
+    """How likely a token was, and others at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass
 class Played:
     """One scripted reply."""
@@ -203,6 +230,10 @@ class Played:
     stop_ids: frozenset[int]
     finish_reason: str | None = None
     stats: Numbers = field(default_factory=Numbers)
+    constraint: Any = None
+    alternatives: int | None = None
+    logprobs: list[Held] = field(default_factory=list)
+    prefilled: int = 0
 
     def __post_init__(self) -> None:
         self._work = self._play()
@@ -226,6 +257,7 @@ class Played:
             shared += 1
         self.stats.prompt_tokens, self.stats.reused_tokens = len(self.prompt), shared
         engine.cached_ids = list(self.prompt)
+        self.prefilled = len(self.prompt)
         for token in self.tokens:
             if token == engine.INTERRUPT:
                 raise KeyboardInterrupt
@@ -233,6 +265,10 @@ class Played:
                 self.finish_reason = "stop"
                 return
             self.stats.new_tokens += 1
+            if self.constraint is not None:
+                self.constraint.push(token)
+            if self.alternatives is not None:
+                self.logprobs.append(Held(token, -0.5, tuple((65 + n, -1.0 - n) for n in range(self.alternatives))))
             yield token
             if self.max_tokens is not None and self.stats.new_tokens >= self.max_tokens:
                 self.finish_reason = "length"
@@ -267,6 +303,16 @@ class ScriptedEngine:
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     played: list[Played] = field(default_factory=list)
 
+    def snapshot(self, path: Path) -> None:
+        path.write_text(json.dumps(self.cached_ids))
+
+    def restore(self, path: Path) -> int:
+        try:
+            self.cached_ids = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SnapshotError(f"{path}: no snapshot") from error
+        return len(self.cached_ids)
+
     def generate(
         self,
         ids: Sequence[int],
@@ -275,9 +321,13 @@ class ScriptedEngine:
         sampling: object = None,
         stop_ids: Collection[int] = (),
         loop_guard: bool = True,
+        constraint: Any = None,
+        logprobs: int | None = None,
     ) -> Played:
         self.prompts.append(list(ids))
         reply = self.script.pop(0)
         tokens = reply if isinstance(reply, list) else reply(list(ids))
-        self.played.append(Played(self, list(ids), tokens, max_tokens, frozenset(stop_ids)))
-        return self.played[-1]
+        played = Played(self, list(ids), tokens, max_tokens, frozenset(stop_ids))
+        played.constraint, played.alternatives = constraint, logprobs
+        self.played.append(played)
+        return played

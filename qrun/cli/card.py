@@ -1,6 +1,7 @@
-"""The run card and the stats line as text: what was loaded, how it runs, what a reply took. Prints nothing."""
+"""The run card and the stats lines as text: what was loaded, how it runs, what replies took. Prints nothing."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,3 +87,32 @@ def stats_line(stats: "ReplyStats", finish_reason: str | None) -> str:
         f"seed {stats.seed}",
     ]
     return " · ".join([*parts, *([FINISHED[finish_reason]] if finish_reason in FINISHED else [])])
+
+
+@dataclass
+class Totals:
+    """What all replies of a chat took."""
+
+    replies: int = 0
+    read: int = 0
+    reused: int = 0
+    written: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def add(self, stats: "ReplyStats") -> None:
+        """Count one more reply."""
+        self.replies += 1
+        self.read += stats.prompt_tokens - stats.reused_tokens
+        self.reused += stats.reused_tokens
+        self.written += stats.new_tokens
+        self.prefill_seconds += stats.prefill_seconds
+        self.decode_seconds += stats.decode_seconds
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on all of them as (title, value)."""
+        speed = rate(self.written, self.decode_seconds)
+        yield "chat", f"{self.replies} replies, {self.written} tokens written, {speed:.1f} tok/s"
+        share = self.reused / max(1, self.read + self.reused)
+        speed = rate(self.read, self.prefill_seconds)
+        yield "prompts", f"{self.read} tokens read, {speed:.1f} tok/s, and {self.reused} reused ({share:.0%})"

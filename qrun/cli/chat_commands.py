@@ -2,15 +2,16 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrun.cli import card as cards
+from qrun.cli import sessions
 from qrun.cli.console import Console
 from qrun.cli.prompts import read_file
-from qrun.cli.settings import change, described
-from qrun.errors import UsageError
+from qrun.cli.settings import change, described, switch
+from qrun.errors import QrunError, UsageError
 
 if TYPE_CHECKING:
     from qrun.engine import Engine
@@ -52,16 +53,24 @@ class Commands:
     Attributes:
         last: the last reply, for `/stats`.
         show_reasoning: whether a thinking model's reasoning is written.
+        markdown: whether answers are shown as markdown.
     """
 
-    def __init__(self, engine: "Engine", session: "Session", console: Console) -> None:
+    def __init__(
+        self, engine: "Engine", session: "Session", console: Console, *,
+        file: sessions.ChatFile | None = None, about: Callable[[], Mapping[str, object]] = dict[str, object],
+    ) -> None:  # fmt: skip
+        """file: where the chat is kept, if it is. about: what a saved conversation says of its model and settings."""
         self.engine = engine
         self.session = session
         self.console = console
+        self.file = file
+        self.about = about
         self.last: Reply | None = None
         self.show_reasoning = True
+        self.markdown = False
         self._attached: list[str] = []
-        self._replies = self._tokens = 0
+        self._totals = cards.Totals()
         self.table = (
             Command(("/help", "/?"), "", "this list", self._help),
             Command(("/exit", "/quit", "/bye"), "", "leave", lambda _: Outcome(leave=True)),
@@ -72,8 +81,11 @@ class Commands:
             Command(("/system",), "TEXT", "set the system prompt; without TEXT, show it; off removes it", self._system),
             Command(("/set",), "NAME VALUE", "change a setting, as in /set temperature 0.5", self._set),
             Command(("/show",), "[messages]", "show the model and the settings, or the conversation", self._show),
-            Command(("/save",), "FILE", "keep the conversation, as in /save chat.json", self._save),
-            Command(("/load",), "FILE", "bring back a conversation that was saved", self._load),
+            Command(
+                ("/save",), "FILE [kv]", "keep the conversation, as in /save chat.json; kv: its cache too", self._save
+            ),
+            Command(("/load",), "FILE", "bring back a conversation: a file, or one that /sessions lists", self._load),
+            Command(("/sessions",), "", "list the last chats; qrun chat --resume goes on with one", self._sessions),
             Command(("/stats",), "", "tokens, speed and memory of this chat", self._stats),
             Command(
                 ("/think",), "[on|off|show|hide]", "let a thinking model reason or not; show or hide it", self._think
@@ -103,8 +115,7 @@ class Commands:
     def replied(self, reply: "Reply") -> None:
         """Take note of a finished reply, for `/stats`."""
         self.last = reply
-        self._replies += 1
-        self._tokens += reply.stats.new_tokens
+        self._totals.add(reply.stats)
 
     def take_attachments(self, text: str) -> str:
         """Return `text` after the files that `/read` put aside; they are used up."""
@@ -119,7 +130,10 @@ class Commands:
     def _clear(self, rest: str) -> None:
         self.session.clear()
         self._attached.clear()
-        self.console.note("the conversation is forgotten")
+        kept = self.file.path if self.file is not None else None
+        self.console.note("the conversation is forgotten" + (f"; /load {kept.stem} brings it back" if kept else ""))
+        if self.file is not None:
+            self.file.leave()
 
     def _last_message(self) -> str:
         for message in reversed(self.session.messages):
@@ -156,12 +170,21 @@ class Commands:
         if not name:
             self._settings()
             return
-        change(self.session, name, value.strip())
-        self._settings(only=name)
+        if name.lower() == "markdown":
+            wanted = switch(name, value.strip())
+            if wanted and not self.console.renders:
+                raise UsageError("this terminal cannot show markdown: TERM=dumb, or stdout is no terminal")
+            self.markdown = wanted
+        else:
+            change(self.session, name, value.strip())
+        self._settings(only=name.lower())
 
     def _settings(self, only: str | None = None) -> None:
-        for name, value in described(self.session, only):
+        view = [("markdown", "on" if self.markdown else "off")]
+        for name, value in view if only == "markdown" else described(self.session, only):
             self.console.say(f"  {name:<18} {value}")
+        if only is None:
+            self.console.say(f"  {view[0][0]:<18} {view[0][1]}")
 
     def _show(self, rest: str) -> None:
         if rest == "messages":
@@ -183,14 +206,36 @@ class Commands:
         return Path(rest.strip("'\"")).expanduser()
 
     def _save(self, rest: str) -> None:
-        path = self._path("/save", rest)
-        self.session.save(path)
-        self.console.note(f"saved in {path}")
+        name = f" {rest}".removesuffix(" kv").strip()
+        path, cache = self._path("/save", name), name != rest
+        self.session.save(path, about=self.about())
+        if cache:
+            self.session.snapshot(sessions.snapshot_of(path))
+        self.console.note(f"saved in {path}" + (f" and {sessions.snapshot_of(path).name}" if cache else ""))
 
     def _load(self, rest: str) -> None:
-        path = self._path("/load", rest)
+        path = sessions.find(str(self._path("/load", rest)))
         self.session.load(path)
-        self.console.note(f"{len(self.session.messages)} messages from {path}; /show messages prints them")
+        if self.file is not None:
+            self.file.leave()
+            self.file.resume(path)
+        self.loaded(path)
+
+    def loaded(self, path: Path) -> None:
+        """Fill the cache of a conversation that was just loaded, if a snapshot of it is there and fits; say so."""
+        count, kept = len(self.session.messages), sessions.snapshot_of(path)
+        told = f"{count} messages from {path.stem if path.parent == sessions.folder() else path}"
+        reads = "they are read again with your next one"
+        if kept.is_file():
+            try:
+                reads = f"{self.session.restore(kept)} tokens of them are in the cache"
+            except QrunError as error:
+                self.console.warn(str(error))
+        self.console.note(f"{told}; {reads}; /show messages prints them")
+
+    def _sessions(self, rest: str) -> None:
+        for line in sessions.described():
+            self.console.say(f"  {line}")
 
     def _read(self, rest: str) -> None:
         path = self._path("/read", rest)
@@ -201,24 +246,33 @@ class Commands:
     def _stats(self, rest: str) -> None:
         if self.last is not None:
             self.console.say(f"  last      {cards.stats_line(self.last.stats, self.last.finish_reason)}")
-        self.console.say(f"  chat      {self._replies} replies, {self._tokens} tokens written")
+        for title, value in self._totals.rows():
+            self.console.say(f"  {title:<9} {value}")
         self._cache_line()
-        self.console.say(
-            f"  memory    {cards.size(_resident())} resident, weights {cards.size(self.engine.card.weight_bytes)}"
-        )
+        self.console.say(f"  memory    {_memory(self.engine.card.backend)}, weights {self._weights()}")
+
+    def _weights(self) -> str:
+        return cards.size(self.engine.card.weight_bytes)
 
     def _cache_line(self) -> None:
         engine = self.engine
         used, each = len(engine.cached_ids), engine.card.kv_bytes_per_token
         self.console.say(
-            f"  cache     {engine.card.kv}, {used} of {engine.context} tokens, {each / 1024:.2f} KiB each: "
-            f"{cards.size(used * each)} used of {cards.size(engine.context * each)}"
+            f"  cache     {engine.card.kv}, {used} of {engine.context} tokens ({used / engine.context:.0%}), "
+            f"{each / 1024:.2f} KiB each: {cards.size(used * each)} used of {cards.size(engine.context * each)}"
         )
 
     def _kv(self, rest: str) -> None:
         if rest:
-            self.engine.set_kv(rest)
-            self.console.note("the conversation is read again with your next message")
+            engine = self.engine
+            held, before = len(engine.cached_ids), engine.card
+            engine.set_kv(rest)
+            now, kept = engine.card, len(engine.cached_ids)
+            if held and kept:
+                was, became = cards.size(held * before.kv_bytes_per_token), cards.size(kept * now.kv_bytes_per_token)
+                self.console.note(f"{kept} tokens converted from {before.kv} to {now.kv}: {was} became {became}")
+            elif held:
+                self.console.note("the conversation is read again with your next message")
         self._cache_line()
 
     def _think(self, rest: str) -> None:
@@ -233,9 +287,18 @@ class Commands:
                 raise UsageError(f"/think {rest} does not exist: on, off, show or hide")
         asked = {None: "as the model likes", True: "on", False: "off"}[self.session.thinking]
         self.console.say(f"thinking: {asked}, {'shown' if self.show_reasoning else 'hidden'}", style="dim")
+        tokenizer = self.session.tokenizer
+        if not tokenizer.thinks:
+            self.console.note("this model's template knows no thinking")
+        elif self.session.thinking is not None and "enable_thinking" not in tokenizer.template.source:
+            self.console.note("this model's template cannot switch it: the model decides")
 
 
-def _resident() -> int:
+def _memory(backend: str) -> str:
+    if backend != "cpu":
+        from qrun.resident import peak
+
+        return f"peak {cards.size(peak(backend))} of the GPU"
     import psutil
 
-    return psutil.Process().memory_info().rss
+    return f"{cards.size(psutil.Process().memory_info().rss)} resident"

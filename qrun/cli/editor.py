@@ -18,6 +18,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.output.color_depth import ColorDepth
 
+from qrun.cli.interrupt import seen_keys
 from qrun.errors import QrunError
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def edit(text: str) -> str:
         path = Path(folder) / "message.md"
         path.write_text(text + "\n", encoding="utf-8")
         try:
-            code = subprocess.call([*command, str(path)])
+            with seen_keys():
+                code = subprocess.call([*command, str(path)])
         except OSError as error:
             raise QrunError(f"the editor {command[0]!r} does not start ({error.strerror}): set $EDITOR") from None
         if code != 0:

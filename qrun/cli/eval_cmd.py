@@ -16,21 +16,34 @@ from qrun.errors import UsageError
 if TYPE_CHECKING:
     from qrun.eval import EvalRow
 
-HEADER = ("model", "recipe", "kv", "size", "KV/token", "perplexity", "KL mean", "KL p99", "same top")
+HEADER = ("model", "recipe", "kv", "size", "bits", "KV/token", "perplexity", "KL mean", "KL p99", "same top")
+BY_LENGTH = ("KL 1st ¼", "KL last ¼")
+LONG = 2048
+"""Tokens a window from which on the table shows how the divergence grows along it."""
 LEFT = 3
 RECIPES = "bf16,wint8,fp8,wint4,nf4"
+BUILT_IN_NOTE = (
+    "the text was the built-in one, conversations about qrun: a text of your own says more (qrun eval --text FILE)"
+)
 
 
 def evaluate(
     sweep: SweepOptions,
     text: Annotated[
         Path | None,
-        typer.Option("-f", "--text", metavar="FILE", help="A UTF-8 text; the model's own held-out text if not given."),
+        typer.Option("-f", "--text", metavar="FILE", help="A UTF-8 text; a built-in one if not given."),
     ] = None,
     reference: Annotated[
         str, typer.Option("--reference", metavar="RECIPE", help="What the recipes are compared with.")
     ] = "bf16",
-    window: Annotated[int, typer.Option("--window", metavar="N", help="Tokens read at a time.")] = 512,
+    window: Annotated[
+        int,
+        typer.Option(
+            "--window",
+            metavar="N",
+            help="Tokens read in one go, up to all the model's positions; the cache starts empty.",
+        ),
+    ] = 512,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -44,6 +57,10 @@ def evaluate(
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="The form of the table.")
     ] = "md",
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also draw quality against bits into a .png or .svg file."),
+    ] = None,
 ) -> None:
     """Measure quality: the perplexity of a text, and the KL divergence from the unquantized model, per recipe.
 
@@ -59,8 +76,12 @@ def evaluate(
     if text is not None and not text.is_file():
         raise UsageError(f"there is no file {text}: give a UTF-8 text with --text")
     with working(f"loading {sweep.model}", console) as waiting:
+        from qrun import plot as plots
+        from qrun.eval import BUILT_IN
         from qrun.eval import evaluate as measure
 
+        if plot is not None:
+            plots.check(plot)
         rows = measure(
             sweep.model,
             recipes,
@@ -72,28 +93,34 @@ def evaluate(
             progress=waiting.update,
             **sweep.load_arguments(),
         )
+        if plot is not None:
+            waiting.update(f"drawing {plot}", 0, 0)
+            plots.quality(rows, plot)
     if output == "md":
-        lines = markdown(HEADER, [cells(row) for row in rows], left=LEFT)
+        by_length = window >= LONG and all(row.kl_by_quarter for row in rows)
+        header = HEADER + (BY_LENGTH if by_length else ())
+        lines = markdown(header, [cells(row, by_length=by_length) for row in rows], left=LEFT)
     else:
         lines = records(output, (dataclasses.asdict(row) for row in rows))
     for line in lines:
         console.raw(line)
-    if rows:
-        console.note(
-            f"{rows[0].tokens} tokens, against {rows[0].reference}; KL in nats a token; ± is one standard error"
-        )
+    console.note(f"{rows[0].tokens} tokens, against {rows[0].reference}; KL in nats a token; ± is one standard error")
+    if rows[0].text == BUILT_IN:
+        console.warn(BUILT_IN_NOTE)
 
 
-def cells(row: "EvalRow") -> tuple[str, ...]:
-    """Return one row as the table shows it."""
+def cells(row: "EvalRow", *, by_length: bool = False) -> tuple[str, ...]:
+    """Return one row as the table shows it; `by_length` adds the first and last quarter's divergence."""
     return (
         row.model,
         row.recipe,
         row.kv,
         cards.size(row.size),
+        f"{row.bits_per_weight:.2f}",
         f"{row.kv_bytes_per_token / 1024:.2f} KiB",
         f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
         f"{row.kl_mean:.5f}",
         f"{row.kl_p99:.4f}",
         f"{100 * row.top1:.1f} %",
+        *((f"{row.kl_by_quarter[0]:.5f}", f"{row.kl_by_quarter[-1]:.5f}") if by_length else ()),
     )

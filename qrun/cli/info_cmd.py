@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,6 +53,7 @@ def describe_machine() -> dict[str, str]:
 
     from qrun import __version__
     from qrun.backends import describe_gpu
+    from qrun.doctor_machine import processor
     from qrun.memory import available
 
     memory = psutil.virtual_memory()
@@ -64,13 +64,3 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{cards.size(available())} free of {cards.size(memory.total)}",
         "gpu": describe_gpu(),
     }
-
-
-def processor() -> str:
-    """Return the processor's name as the system gives it."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,14 +1,19 @@
 """The keyboard while qrun works: Ctrl-C ends a load, stops a reply, and twice quits; other keys wait. Knows no text."""
 
+import os
 import signal
 import sys
 import termios
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+"""What asks the program to end: another program, and a terminal that closes."""
+PASTE_ON, PASTE_OFF = b"\x1b[?2004h", b"\x1b[?2004l"
+"""Bracketed paste, which prompt_toolkit has on only while it reads."""
 AGAIN_SECONDS = 0.05
 """After this, an interrupt that a library swallowed is delivered once more."""
 
@@ -85,16 +90,80 @@ class StopOnce:
 
 @contextmanager
 def unseen_keys() -> Generator[None]:
-    """Keep what is typed while the body runs off the screen; it waits for the next prompt."""
+    """Keep what is typed while the body runs off the screen; it waits, key by key, for the next prompt."""
+    with _mode(lambda given: given & ~termios.ICRNL, lambda given: given & ~(termios.ECHO | termios.ICANON)):
+        yield
+
+
+@contextmanager
+def seen_keys() -> Generator[None]:
+    """Give the keyboard to another program while the body runs, as a shell would."""
+    with _mode(lambda given: given | termios.ICRNL, lambda given: given | termios.ECHO | termios.ICANON):
+        yield
+
+
+@contextmanager
+def _mode(change_input: Callable[[int], int], change_local: Callable[[int], int]) -> Generator[None]:
     if sys.stdin is None or not sys.stdin.isatty():
         yield
         return
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
-    quiet = termios.tcgetattr(handle)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(handle, termios.TCSANOW, quiet)
+    changed = termios.tcgetattr(handle)
+    changed[0], changed[3] = change_input(changed[0]), change_local(changed[3])
+    termios.tcsetattr(handle, termios.TCSANOW, changed)
     try:
         yield
     finally:
-        termios.tcsetattr(handle, termios.TCSANOW, before)
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(handle, termios.TCSANOW, before)
+
+
+@contextmanager
+def marked_pastes() -> Generator[None]:
+    """Let the terminal mark what is pasted while the body runs, so that its line ends will not send it."""
+    _tell(PASTE_ON)
+    try:
+        yield
+    finally:
+        _tell(PASTE_OFF)
+
+
+def _tell(sequence: bytes) -> None:
+    if sys.stdin is not None and sys.stdin.isatty() and os.environ.get("TERM") != "dumb":
+        with suppress(OSError):  # it can only be read, or is gone
+            os.write(sys.stdin.fileno(), sequence)
+
+
+@contextmanager
+def ends_in_order() -> Generator[None]:
+    """While the body runs, what asks the program to end raises SystemExit with 128 and the signal's number, once."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in ENDS:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in ENDS}
+    for number in ENDS:
+        if before[number] is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def unbroken() -> Generator[None]:
+    """Let no signal interrupt the body; the first that came meanwhile is delivered after it."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in (signal.SIGINT, *ENDS)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)

@@ -9,47 +9,68 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
+from typer.core import TyperGroup, TyperOption
 from typer.exceptions import TyperException
 from typer.main import get_command
 
 from qrun import __version__
-from qrun.cli import cache_cmd
+from qrun.cli import cache_cmd, config_cmd, config_file
 from qrun.cli.bench_cmd import bench
 from qrun.cli.chat import chat
+from qrun.cli.compare_cmd import compare
+from qrun.cli.complete import mended_words
+from qrun.cli.doctor_cmd import doctor
 from qrun.cli.eval_cmd import evaluate
 from qrun.cli.generate import generate
+from qrun.cli.helptext import Command, Group
 from qrun.cli.info_cmd import info
 from qrun.cli.sanitize import one_line
-from qrun.cli.spread import with_options
-from qrun.errors import DoesNotFitError, QrunError
+from qrun.cli.spread import origin, with_options
+from qrun.cli.two_words import TwoWords
+from qrun.errors import DoesNotFitError, QrunError, UsageError
 
 INTERRUPTED = 130
 NOBODY_READS = 141
 
+FIRST_STEPS = """qrun makes the language model you have fit this machine, and talks to it.
+
+  qrun chat                              talk with spark, a demonstration that comes with qrun
+  qrun chat ernie:0.3b --wint4           a real model, quantized while it loads
+  qrun generate -p "Name three trees."   one answer, for scripts
+
+  qrun --help                            every command; qrun chat --help teaches one of them
+"""
 EPILOG = (
-    "Every option can be set in the environment: --ctx-size is QRUN_CTX_SIZE. "
-    "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 model not found, 4 not enough memory, 5 --strict violated, "
+    "Every option can be set in the environment, --ctx-size as QRUN_CTX_SIZE, or in the file that qrun config path "
+    "names. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 model not found, 4 not enough memory, 5 --strict violated, "
     "130 interrupted."
 )
 
 app = typer.Typer(
     name="qrun",
+    cls=TwoWords,
     invoke_without_command=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
 )
-app.command()(with_options(chat))
-app.command()(with_options(generate))
-app.command()(with_options(info))
-app.command()(with_options(bench))
-app.command("eval")(with_options(evaluate))
-app.add_typer(cache_cmd.app, name="cache")
+command = partial(app.command, cls=Command)
+command()(with_options(chat))
+command()(with_options(generate))
+command()(with_options(bench))
+command("bench compare")(with_options(compare))
+command("eval")(with_options(evaluate))
+command()(with_options(doctor))
+command()(with_options(info))
+app.add_typer(cache_cmd.app, name="cache", cls=Group)
+app.add_typer(config_cmd.app, name="config", cls=Group)
 
 
 @app.callback()
@@ -59,14 +80,43 @@ def qrun(
 ) -> None:
     """Make the language model you have fit this machine, and talk to it.
 
-    Start with:  qrun chat  - a conversation with spark, a model of 5 M parameters that comes with qrun.
+    Start with qrun chat, a conversation with spark, a model of 5 M parameters that comes with qrun. Then a real one,
+    quantized while it loads.
 
-    Then:  qrun chat ernie:0.3b --wint4  - a real one, quantized while it loads.
+    Example:  qrun chat ernie:0.3b --wint4
     """
+    root = context.command
     if version:
         typer.echo(f"qrun {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        typer.echo(FIRST_STEPS, nl=False)
+    elif isinstance(root, TyperGroup) and context.invoked_subcommand in config_file.commands(root):
+        context.default_map = _defaults(context, root)
+
+
+def _defaults(context: typer.Context, root: TyperGroup) -> dict[str, Any]:
+    """What the config file says. A broken one does not keep a command's help from being read.
+
+    Raises:
+        UsageError: the file is broken.
+    """
+    try:
+        return config_file.default_map(root, config_file.read())
+    except UsageError as error:
+        if not {"-h", "--help"} & set(context.obj or ()):
+            raise
+        print(f"qrun: {one_line(str(error))}", file=sys.stderr)
+        return {}
+
+
+def command_line() -> TyperGroup:
+    """Return the whole command line as typer builds it from `app`."""
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    for param in root.params:
+        if isinstance(param, TyperOption) and param.name == "show_completion":
+            param.hidden = True  # --install-completion is the one to learn
+    return root
 
 
 def run() -> NoReturn:
@@ -81,7 +131,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     _mend_streams()
     try:
-        code = get_command(app).main(list(arguments), prog_name="qrun", standalone_mode=False)
+        with mended_words() if os.environ.get("_QRUN_COMPLETE") == "complete_bash" else nullcontext():
+            code = command_line().main(list(arguments), prog_name="qrun", standalone_mode=False, obj=list(arguments))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -137,12 +188,20 @@ def _tell(error: Exception, arguments: Sequence[str]) -> int:
 def _usage(error: TyperException, arguments: Sequence[str]) -> str:
     """Return a message for a command line typer refuses: what is wrong, where it came from, where help is."""
     text = error.format_message().removesuffix(".").replace("Value error, ", "").partition(", unable to parse")[0]
-    if isinstance(error, typer.BadParameter) and error.param is not None:
-        names = (error.param.envvar,) if isinstance(error.param.envvar, str) else ()
-        named = any(argument.split("=")[0] in error.param.opts for argument in arguments)
-        text += "".join(f" (from {name})" for name in names if os.environ.get(name) and not named)
-    named = [command.name or "" for command in app.registered_commands] + ["chat", "generate", "info", "bench", "cache"]
-    command = arguments[0] if arguments and arguments[0] in named else ""
-    if text.startswith("No such command") and arguments:
-        text += f" (to talk to a model: qrun chat {arguments[0]})"
-    return f"{text[:1].lower()}{text[1:]}: see {' '.join(filter(None, ['qrun', command, '--help']))}"
+    if isinstance(error, typer.BadParameter) and error.param is not None and error.ctx is not None:
+        where = origin(cast(typer.Context, error.ctx), error.param.name)
+        text += f" (from {where})" if where else ""
+    path, command, rest = ["qrun"], command_line(), list(arguments)
+    while isinstance(command, TyperGroup):
+        called = [name for name in (" ".join(rest[:2]), *rest[:1]) if name in command.commands]
+        if not called:
+            break
+        path.append(called[0])
+        command, rest = command.commands[called[0]], rest[1 + called[0].count(" ") :]
+    if text.startswith("No such command"):
+        near = text.partition(". Did you mean ")
+        if near[1]:
+            return f"no{near[0].removeprefix('No')}: did you mean {near[2].removesuffix('?')}?"
+        if len(path) == 1:
+            text += f" (to talk to a model: qrun chat {arguments[0]})"
+    return f"{text[:1].lower()}{text[1:]}: see {' '.join(path)} --help"

@@ -4,46 +4,26 @@ They live in dataclasses; `qrun.cli.spread` turns those into a command's signatu
 """
 
 import dataclasses
-import os
 import re
 from typing import Annotated, Any, Literal
 
 import typer
 
+from qrun.cli import complete
+from qrun.cli.spread import Rival
 from qrun.errors import UsageError
 from qrun.recipe import Recipe
 
 EMBEDDED = "spark"
 """The model that ships in the package, and the default of every command."""
 
-QUANTS = (
-    ("bf16", "16-bit weights: nothing is quantized"),
-    ("wint8", "8-bit weights: half the memory, hardly any loss"),
-    ("wint4", "4-bit weights: about 3.6 times smaller"),
-    ("fp8", "8-bit floating point in 128x128 blocks"),
-    ("w8a8", "8-bit weights and activations"),
-    ("nf4", "4-bit weights on a normal-distribution codebook"),
-    ("mxfp4", "4-bit floating point, one power-of-two scale per 32"),
-    ("nvfp4", "4-bit floating point, one fp8 scale per 16"),
-)
-KV_FORMATS = (
-    ("bf16", "16-bit cache"),
-    ("int8", "half the cache"),
-    ("int4", "a quarter of the cache, rotated"),
-    ("fp8", "8-bit floating point"),
-    ("k8v4", "int8 keys, int4 values"),
-)
-
 MODEL_PANEL = "Model and precision"
 OUTPUT_PANEL = "Output"
 
 
-def _complete_quant(incomplete: str) -> list[tuple[str, str]]:
-    return [(name, note) for name, note in QUANTS if name.startswith(incomplete.lower())]
-
-
-def _complete_kv(incomplete: str) -> list[tuple[str, str]]:
-    return [(name, note) for name, note in KV_FORMATS if name.startswith(incomplete.lower())]
+WEIGHTS = Rival("weights")
+SUGAR = ("wint8", "wint4", "wint2", "fp8")
+"""Recipes that have a flag of their own, which excludes --quant."""
 
 
 def _sugar(name: str, note: str = "") -> Any:
@@ -72,6 +52,7 @@ class ModelOptions:
         str,
         typer.Argument(
             metavar="MODEL",
+            autocompletion=complete.models,
             help="A checkpoint directory, a name such as ernie or qwen3:0.6b, an org/name on the hub, "
             "or spark, the model that ships with qrun.",
         ),
@@ -81,23 +62,23 @@ class ModelOptions:
         typer.Option(
             "--quant",
             metavar="RECIPE",
-            envvar=[],  # recipe() reads QRUN_QUANT, so that --wint4 may beat it
-            autocompletion=_complete_quant,
+            autocompletion=complete.quants,
             help="Precision of weights, activations and cache: bf16 (the default), wint8, wint4, fp8, w8a8, nf4, "
             "mxfp4, nvfp4, W4A16C8, W4g32, or per role, as in mix:experts=w4,dense=w8.",
             rich_help_panel=MODEL_PANEL,
         ),
+        WEIGHTS,
     ] = None
-    wint8: Annotated[bool, _sugar("wint8")] = False
-    wint4: Annotated[bool, _sugar("wint4")] = False
-    wint2: Annotated[bool, _sugar("wint2", ": tiny, and poor")] = False
-    fp8: Annotated[bool, _sugar("fp8")] = False
+    wint8: Annotated[bool, _sugar("wint8"), WEIGHTS] = False
+    wint4: Annotated[bool, _sugar("wint4"), WEIGHTS] = False
+    wint2: Annotated[bool, _sugar("wint2", ": tiny, and poor"), WEIGHTS] = False
+    fp8: Annotated[bool, _sugar("fp8"), WEIGHTS] = False
     kv: Annotated[
         str | None,
         typer.Option(
             "--kv",
             metavar="FORMAT",
-            autocompletion=_complete_kv,
+            autocompletion=complete.kvs,
             help="Format of the KV cache: bf16, int8, int4, fp8, or keys and values apart, as in k8v4.",
             rich_help_panel=MODEL_PANEL,
         ),
@@ -157,20 +138,19 @@ class ModelOptions:
     ] = False
 
     def precision(self) -> str:
-        """Return the precision that was asked for, as typed; a flag beats `QRUN_QUANT`.
+        """Return the precision that was asked for, as typed.
 
         Raises:
             UsageError: two options name a precision of the weights.
         """
-        sugar = {"wint8": self.wint8, "wint4": self.wint4, "wint2": self.wint2, "fp8": self.fp8}
-        names = [name for name, given in sugar.items() if given]
+        names = [name for name in SUGAR if getattr(self, name)]
         asked = [f"--{name}" for name in names]
         if self.quant is not None:
             names.append(self.quant)
             asked.append(f"--quant {self.quant}")
         if len(asked) > 1:
             raise UsageError(f"{' and '.join(asked)} contradict each other: give one of them")
-        return names[0] if names else os.environ.get("QRUN_QUANT") or "bf16"
+        return names[0] if names else "bf16"
 
     def recipe(self) -> Recipe:
         """Return the recipe the options ask for.

@@ -1,8 +1,8 @@
-"""What `/set` can change on a session, by name: the sampling, and when a reply ends."""
+"""What `/set` can change on a session, by name: the sampling, thinking, and when a reply ends."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from qrun.errors import UsageError
 
@@ -14,8 +14,10 @@ _T = TypeVar("_T")
 
 FLOATS = ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 INTEGERS = ("top_k", "seed")
-OTHERS = ("max_tokens", "overflow", "loop_guard", "stop")
+OTHERS = ("max_tokens", "overflow", "loop_guard", "stop", "think")
 ALIASES = {"temp": "temperature", "n": "max_tokens"}
+OPTIONS = {"temperature": "temp"}
+"""Settings whose option has another name."""
 NOTHING = ("", "off", "none", "random", "default")
 
 
@@ -50,7 +52,9 @@ def change(session: "Session", name: str, value: str) -> None:
     elif key == "stop":
         session.stop = () if value in NOTHING else (value,)
     elif key == "loop_guard":
-        session.loop_guard = _choice(key, value, {"on": True, "off": False})
+        session.loop_guard = switch(key, value)
+    elif key == "think":
+        session.thinking = None if value in ("auto", "default") else switch(key, value)
     else:
         policies: dict[str, Literal["stop", "roll"]] = {"stop": "stop", "roll": "roll"}
         session.overflow = _choice(key, value, policies)
@@ -66,8 +70,48 @@ def described(session: "Session", only: str | None = None) -> Iterator[tuple[str
         "overflow": session.overflow,
         "loop_guard": "on" if session.loop_guard else "off",
         "stop": " ".join(repr(text) for text in session.stop) or "off",
+        "think": {None: "auto", True: "on", False: "off"}[session.thinking],
     }
     yield from values.items() if only is None else [(canonical(only), values[canonical(only)])]
+
+
+def changed(session: "Session") -> dict[str, Any]:
+    """Return the settings that are not the model's own, in JSON's types, for `restore`."""
+    from qrun.sampler import Sampling
+
+    now, usual = _sampling(session), Sampling.from_generation_config(session.engine.generation_defaults)
+    names = [name for name in (*FLOATS, *INTEGERS) if getattr(now, name) != getattr(usual, name)]
+    values: dict[str, Any] = {name: getattr(now, name) for name in names}
+    values |= {"stop": list(session.stop)} if session.stop else {}
+    usually = {"max_tokens": "off", "overflow": "stop", "loop_guard": "on", "think": "auto"}
+    others = dict(described(session))
+    return values | {name: others[name] for name, usual in usually.items() if others[name] != usual}
+
+
+def restore(session: "Session", values: object, typed: Collection[str]) -> None:
+    """Set what `changed` has returned, except for what was typed as an option this time.
+
+    Raises:
+        UsageError: a setting is impossible, so that the file it comes from must be damaged.
+    """
+    if not isinstance(values, dict):
+        raise UsageError(f"the saved chat's settings are {values!r}: its file is damaged")
+    for name, value in cast("dict[str, Any]", values).items():
+        if OPTIONS.get(name, name) in typed:
+            continue
+        if name == "stop" and isinstance(value, list):
+            session.stop = tuple(str(text) for text in cast("list[object]", value) if text)
+        else:
+            change(session, name, "random" if value is None else str(value))
+
+
+def switch(name: str, value: str) -> bool:
+    """Return what `on` and `off` mean.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    return _choice(name, value, {"on": True, "off": False})
 
 
 def _sampling(session: "Session") -> "Sampling":

@@ -1,7 +1,7 @@
 """The one forward. It is built from bound blocks and knows neither formats, caches' insides nor families."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,11 @@ class Decoder:
         self.inv_freq = inv_freq.to(device)
         self.device = device
 
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [S, D/2] of positions [S]."""
+        angles = positions[:, None].float() * self.inv_freq
+        return angles.cos(), angles.sin()
+
     def forward(
         self,
         ids: Tensor,
@@ -52,13 +57,28 @@ class Decoder:
         start, tokens = cache.length, ids.shape[0]
         if positions is None:
             positions = torch.arange(start, start + tokens, device=self.device)
-        angles = positions[:, None].float() * self.inv_freq  # [S, D/2]
-        step = Step(start, positions, angles.cos(), angles.sin(), positions[-1:] + 1, limit or start + tokens)
+        step = Step(start, positions, *self._angles(positions), positions[-1:] + 1, limit or start + tokens)
         x = self.embed(ids)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             x = layer.feed(layer.attend(x, stored, step))
         cache.length = start + tokens
         return self.head(x[-1:] if last_only and tokens > 1 else x)
+
+    def forward_many(self, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """One step of B conversations: tokens [B], each appended to its own cache -> logits [B, V]."""
+        positions = torch.tensor([cache.length for cache in caches], device=self.device)
+        cos, sin = self._angles(positions)
+        after = positions + 1
+        steps: list[Step] = []
+        for b, cache in enumerate(caches):
+            here = slice(b, b + 1)
+            steps.append(Step(cache.length, positions[here], cos[here], sin[here], after[here], cache.length + 1))
+        x = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            x = layer.feed(layer.attend.abreast(x, [cache.layers[i] for cache in caches], steps))
+        for cache in caches:
+            cache.length += 1
+        return self.head(x)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
