@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from qrun import hub, memory, resident
 from qrun.backends import pick
 from qrun.checkpoint import Checkpoint
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, StrictError, UsageError
+from qrun.free import in_use, release
 from qrun.loader import Loader, Progress, is_tied
 from qrun.models import describe
 from qrun.recipe import Recipe
@@ -94,14 +97,21 @@ def _load(
         raise UsageError(f"context is {context}: this model takes 1 to {config.positions}")
     room = config.positions if context == -1 else context or min(memory.DEFAULT_CONTEXT, config.positions)
     tied = is_tied(config, checkpoint)
-    forecast = memory.check_fits(config, recipe, context=room, memory=free, name=found.label, tied=tied, device=place)
+    itemsize = max(checkpoint.dtype(name).itemsize for name in checkpoint.names())
+    forecast = memory.check_fits(
+        config, recipe, context=room, memory=free, name=found.label, tied=tied, source_itemsize=itemsize, device=place
+    )
+    before = in_use()
     notes = [note for note in (found.note, *why, *recipe.notes) if note]
     quantizes = any(scheme.type not in ("bf16", "fp32") for scheme in recipe.schemes().values())
     store = WeightStore.default() if cache and quantizes else None
     stored = store.open(checkpoint, recipe) if store is not None else None
     keeping = store is not None and stored is None
     with store.writer(checkpoint, recipe, label=found.label) if store and keeping else nullcontext() as writer:
-        loader = Loader(checkpoint, config, recipe, backend, stored=stored, writer=writer, progress=report)
+        loader = Loader(
+            checkpoint, config, recipe, backend, stored=stored, writer=writer,
+            progress=report if stored is not None else _releasing(report),
+        )  # fmt: skip
         decoder = loader.load()
         if writer is not None:
             writer.commit()
@@ -113,7 +123,12 @@ def _load(
         )
     backend.prepare()
     notes += store.notes if store is not None else []
-    card = run_card(found.label, loader, forecast, begun=begun, from_store=stored is not None, notes=notes)
+    expected = forecast.peak_load
+    if place == "cpu":
+        expected = forecast.expected_load(before, torch.get_num_threads(), kept=stored is not None)
+    card = run_card(
+        found.label, loader, forecast, begun=begun, from_store=stored is not None, notes=notes, expected=expected
+    )
     engine = Engine(
         decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
         generation_defaults=checkpoint.generation_config, context=room, identity=checkpoint.identity,
@@ -122,11 +137,22 @@ def _load(
     return engine
 
 
+def _releasing(report: Progress) -> Progress:
+    """Progress that also returns what each weight left in the heap, so that it does not add up."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        release()
+        report(what, done, total)
+
+    return tell
+
+
 def run_card(
     label: str, loader: Loader, forecast: memory.Forecast, *, begun: float, from_store: bool = False,
-    notes: Sequence[str] = (),
+    notes: Sequence[str] = (), expected: int | None = None,
 ) -> RunCard:  # fmt: skip
-    """What a finished load has made, as it began at ``begun`` by `time.perf_counter`."""
+    """What a finished load has made, as it began at ``begun`` by `time.perf_counter`; its peak was ``expected``, by
+    default the bound."""
     config, recipe, backend = loader.config, loader.recipe, loader.backend
     return RunCard(
         model=label,
@@ -143,7 +169,7 @@ def run_card(
         device=backend.description,
         bindings=list(backend.bindings),
         weight_bytes=loader.loaded.weight_bytes,
-        predicted_peak=forecast.peak_load,
+        predicted_peak=forecast.peak_load if expected is None else expected,
         measured_peak=resident.peak(backend.device.type),
         load_seconds=time.perf_counter() - begun,
         quantize_seconds=loader.loaded.quantize_seconds,

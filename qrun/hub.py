@@ -62,6 +62,10 @@ class HubClient(Protocol):
         """Every file of the repository and its bytes."""
         ...
 
+    def header(self, repo: str, name: str, revision: str) -> Mapping[str, str]:
+        """The tensors of a safetensors file and their types as it writes them, without fetching the rest of it."""
+        ...
+
     def cache_dir(self) -> Path:
         """Where files are kept."""
         ...
@@ -96,7 +100,7 @@ def fetch(
     free = available(device) if memory is None else memory
     client = client or HuggingFace()
     names = resolve(text, recipe, context=context, memory=free, device=device)
-    if offline or _offline_by_environment():
+    if offline or is_offline():
         return _first_cached([_Fetch(client, name, progress or _silent) for name in names])
     path, note = _Fetch(client, names[0], progress or _silent).download(recipe, context, free, device)
     return Resolved(path, names[0].label, "; ".join(filter(None, (names[0].note, note))))
@@ -118,7 +122,8 @@ def _silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _offline_by_environment() -> bool:
+def is_offline() -> bool:
+    """Whether the environment says not to ask the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -241,6 +246,15 @@ class HuggingFace:
 
             info = HfApi(endpoint=self._endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=10)
             return {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+    def header(self, repo: str, name: str, revision: str) -> Mapping[str, str]:
+        """See `HubClient.header`."""
+        with _translated(repo, revision, f"the header of {name}", offline=False):
+            from huggingface_hub import HfApi
+
+            api = HfApi(endpoint=self._endpoint)
+            found = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+            return {tensor: info.dtype for tensor, info in found.tensors.items()}
 
     def cache_dir(self) -> Path:
         """See `HubClient.cache_dir`."""

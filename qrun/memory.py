@@ -4,20 +4,20 @@ Used by the loader, the hub and the error messages, so that all three agree. Kno
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Final
 
-import psutil
 import torch
 
 from qrun.errors import DoesNotFitError
 from qrun.formats import format_of
 from qrun.formats.kv import kv_format
+from qrun.free import available
 from qrun.kernels.gpu_packed import ROW_ALIGN
 from qrun.models.config import ModelConfig
-from qrun.models.plan import Weight, plan
+from qrun.models.plan import Weight, after, before, layer
 from qrun.recipe import Recipe, WeightScheme
 
 OVERHEAD: Final = 600_000_000
@@ -37,6 +37,12 @@ SMALLER_MODEL: Final = "choose a smaller model, or talk to the embedded one: qru
 OTHERS: Final = 2_000_000_000
 """Bytes of a GPU in others' hands that are worth a word."""
 DEFAULT_CONTEXT: Final = 4096
+KERNELS: Final = 13_000_000
+"""Resident bytes of a model's kernels on a CPU, compiled before."""
+WORK: Final = 25_000_000
+"""Bytes that each thread works in while it quantizes, what the allocator keeps for it included."""
+WORK_NUMBERS: Final = 1 << 19
+"""Numbers that a thread quantizes at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,8 @@ class Forecast:
     """Beside weights and cache while tokens are run."""
     expanded_per_token: int = 0
     """What reading a prompt expands of the cache, a layer at a time, for each position."""
+    moments: tuple[tuple[int, int], ...] = ()
+    """The fullest moments of a load on a CPU: how many threads may be at work then, and what is held beside theirs."""
 
     @property
     def weights(self) -> int:
@@ -70,6 +78,23 @@ class Forecast:
     def peak_load(self) -> int:
         """Bytes that loading never exceeds: resident ones, or those of the GPU."""
         return self.weights + self.loading
+
+    def expected_load(self, resident: int, threads: int, *, kept: bool = False) -> int:
+        """The resident bytes that loading on a CPU takes at its peak, kernels being compiled already.
+
+        ``resident`` is what the process has before, all imported; ``kept``: weights come quantized from the store.
+        """
+        fullest = self.weights
+        if not kept:
+            fullest = max(fullest, *(held + WORK * min(threads, workers) for workers, held in self.moments))
+        return resident + KERNELS + fullest
+
+    def room(self, memory: int, positions: int) -> int:
+        """The most positions, in steps of 256 and up to ``positions``, that fit in ``memory`` bytes; 0 if none."""
+        beside = self.total - (self.kv_per_token + self.expanded_per_token) * self.context
+        if max(self.peak_load, beside) > memory:
+            return 0
+        return min(positions, (memory - beside) // (self.kv_per_token + self.expanded_per_token) // 256 * 256)
 
     @property
     def total(self) -> int:
@@ -96,23 +121,20 @@ def forecast(
     ``tied`` overrides what the config says of the head; unknown counts as untied, the larger. ``source_itemsize`` is
     bytes per number in the checkpoint's files.
     """
-    if tied is None:
-        tied = bool(config.tied)
+    tied = bool(config.tied) if tied is None else tied
+    sized = partial(_sized, config=config, recipe=recipe, itemsize=source_itemsize, device=device)
     roles: dict[str, int] = {}
-    layers: dict[str, int] = {}  # as the formats store them, before a GPU's kernels have them in theirs
-    parameters = active = largest = 0
-    for weight in plan(config, tied=tied):
-        count = math.prod(weight.shape)
-        parameters += count
-        active += _active(config, weight, count)
-        stored = stored_bytes(weight, recipe)
-        if weight.name.startswith("layers."):
-            place = weight.name.split(".")[1]
-            layers[place] = layers.get(place, 0) + stored
-        if device == "cuda":
-            stored = packed_bytes(weight, recipe)
-        roles[weight.role] = roles.get(weight.role, 0) + stored
-        largest = max(largest, source_itemsize * max(sum(math.prod(s.shape) for s in part) for part in weight.parts))
+    moments: dict[int, int] = {}
+    parameters = active = largest = fullest = held = 0
+    for weights in _places(config, tied, sized):
+        for weight in weights:
+            parameters += weight.numbers
+            active += weight.active
+            roles[weight.role] = roles.get(weight.role, 0) + weight.placed
+            largest = max(largest, weight.read)
+            held += weight.stored
+            moments[weight.pieces] = max(moments.get(weight.pieces, 0), held + weight.beside)
+        fullest = max(fullest, sum(weight.stored for weight in weights))
     per_head = sum(
         math.prod(shape) * dtype.itemsize
         for name in (recipe.k, recipe.v)
@@ -123,7 +145,7 @@ def forecast(
     if device == "cuda":
         # A tensor as it was read, quantized, and in work; or a layer's weights (experts are a stack) beside their
         # packed copies, which are made when all of them are there. Of the host this takes one tensor at a time.
-        loading = max(3 * largest, max(layers.values(), default=0) + largest) + GPU_OVERHEAD
+        loading = max(3 * largest, fullest + largest) + GPU_OVERHEAD
         running = GPU_OVERHEAD + min(largest, GPU_EXPANDED) + _activations(config)
         padded_head = 1 << (config.head_dim - 1).bit_length()
         if config.window is None:
@@ -140,7 +162,57 @@ def forecast(
         loading=loading,
         running=running,
         expanded_per_token=expanded,
+        moments=tuple(moments.items()),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sized:
+    """A weight in bytes: as its format stores it, as the device places it, as its largest part is read, and what is
+    beside it when its last part is quantized, in ``pieces`` that threads share."""
+
+    role: str
+    numbers: int
+    active: int
+    stored: int
+    placed: int
+    read: int
+    beside: int
+    pieces: int
+
+
+def _sized(weight: Weight, *, config: ModelConfig, recipe: Recipe, itemsize: int, device: str) -> _Sized:
+    numbers = math.prod(weight.shape)
+    stored = stored_bytes(weight, recipe)
+    parts = [[itemsize * math.prod(source.shape) for source in part] for part in weight.parts]
+    read = max(map(sum, parts))
+    last = stored // len(parts)
+    # A part of several tensors is assembled from them, then quantized; one of a stack is copied into its place.
+    joining = max(parts[-1]) - last if len(parts[-1]) > 1 else 0
+    scheme = _scheme_of(weight, recipe)
+    works = scheme is not None and scheme.type not in ("bf16", "fp32")
+    return _Sized(
+        role=weight.role,
+        numbers=numbers,
+        active=_active(config, weight, numbers),
+        stored=stored,
+        placed=packed_bytes(weight, recipe) if device == "cuda" else stored,
+        read=read,
+        beside=read + max(joining, last if len(parts) > 1 else 0),
+        pieces=-(-numbers // len(parts) // WORK_NUMBERS) if works else 0,
+    )
+
+
+def _places(config: ModelConfig, tied: bool, sized: Callable[[Weight], _Sized]) -> Iterator[list[_Sized]]:
+    """The embedding, each layer, and what follows; layers of a kind are sized once."""
+    yield list(map(sized, before(config, tied=tied)))
+    kinds: dict[bool, list[_Sized]] = {}
+    for i in range(config.layers):
+        sparse = config.is_sparse(i)
+        if sparse not in kinds:
+            kinds[sparse] = list(map(sized, layer(config, i)))
+        yield kinds[sparse]
+    yield list(map(sized, after(config, tied=tied)))
 
 
 def stored_bytes(weight: Weight, recipe: Recipe) -> int:
@@ -185,17 +257,6 @@ def _activations(config: ModelConfig) -> int:
     return GPU_CHUNK * (24 * config.hidden + widest)
 
 
-def largest_context(
-    config: ModelConfig, recipe: Recipe, memory: int, *, tied: bool | None = None, device: str = "cpu"
-) -> int:
-    """The most positions, in steps of 256 and up to the model's own limit, that fit in ``memory`` bytes; 0 if none."""
-    need = forecast(config, recipe, 0, tied=tied, device=device)
-    if need.needed > memory:
-        return 0
-    each = need.kv_per_token + need.expanded_per_token
-    return min(config.positions, (memory - need.total) // each // 256 * 256)
-
-
 def check_fits(
     config: ModelConfig,
     recipe: Recipe,
@@ -204,17 +265,19 @@ def check_fits(
     memory: int,
     name: str,
     tied: bool | None = None,
+    source_itemsize: int = 2,
     device: str = "cpu",
 ) -> Forecast:
     """The forecast, if ``memory`` bytes, those that are free of a device, are enough for it.
 
     Raises `DoesNotFitError` saying how much is needed, how much is there, and what would fit.
     """
-    need = forecast(config, recipe, context, tied=tied, device=device)
+    would = partial(forecast, config, tied=tied, source_itemsize=source_itemsize, device=device)
+    need = would(recipe, context)
     if need.needed <= memory:
         return need
     what = f"{name} at {recipe.name} with a context of {context} needs {human(need.needed)}"
-    advice = _advice(config, recipe, context, memory, tied, device)
+    advice = _advice(would, recipe, context, memory, config.positions)
     if device == "cpu":
         raise DoesNotFitError(f"{what}, {human(memory)} are free: {advice or SMALLER_MODEL}")
     if forecast(config, recipe, context, tied=tied).needed <= available():
@@ -232,26 +295,22 @@ def _free_of(device: str, memory: int) -> str:
     return text if others < OTHERS else f"{text}; other programs hold {human(others)}"
 
 
-def _advice(config: ModelConfig, recipe: Recipe, context: int, memory: int, tied: bool | None, device: str) -> str:
+def _advice(would: Callable[[Recipe, int], Forecast], recipe: Recipe, context: int, memory: int, positions: int) -> str:
     """Options that make it fit; nothing where none does."""
-
-    def would(recipe: Recipe) -> Forecast:
-        return forecast(config, recipe, context, tied=tied, device=device)
-
-    shorter = largest_context(config, recipe, memory, tied=tied, device=device)
-    need = would(recipe)
+    need = would(recipe, context)
+    shorter = need.room(memory, positions)
     if shorter:
         for kv in ("int8", "int4"):
-            other = would(recipe.with_kv(kv))
+            other = would(recipe.with_kv(kv), context)
             if other.needed <= memory and other.kv < need.kv:
                 return f"use --ctx-size {shorter}, or --kv {kv} ({human(other.needed)})"
         return f"use --ctx-size {shorter}"
     for option, smaller in _alternatives(recipe):
-        other = would(smaller)
+        other = would(smaller, context)
         if other.needed <= memory and other.weights < need.weights:
             return f"use {option} ({human(other.needed)})"
     for option, smaller in _alternatives(recipe):
-        shorter = largest_context(config, smaller, memory, tied=tied, device=device)
+        shorter = would(smaller, context).room(memory, positions)
         if shorter:
             return f"use {option} --ctx-size {shorter}"
     return ""
@@ -273,45 +332,6 @@ def human(count: int) -> str:
     if count >= 99_950_000_000:
         return f"{count / 1e9:.0f} GB"
     return f"{count / 1e9:.1f} GB" if count >= 999_500_000 else f"{count / 1e6:.0f} MB"
-
-
-def available(device: str = "cpu", *, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> int:
-    """Free bytes of a device now. For the CPU: what the system can give, or the least that a control group leaves; for
-    a GPU: what no program holds, and what torch holds here without using it."""
-    if device != "cpu":
-        module = torch.get_device_module(device)
-        return int(module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated())
-    return min([psutil.virtual_memory().available, *_cgroup_free(cgroups, proc)])
-
-
-def _cgroup_free(root: Path, proc: Path) -> Iterator[int]:
-    """What every memory limit above this process leaves, in bytes. Containers see less than the machine has."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = top / path.strip("/")
-        for place in (group, *group.parents):
-            if place == top or top in place.parents:
-                yield from _limit_free(place, *names)
-
-
-def _limit_free(group: Path, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    try:
-        most = int((group / limit).read_text())
-        used = int((group / usage).read_text())
-        stat = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or no limit ("max")
-        return
-    yield max(0, most - used + int(stat.get(reclaimable, 0)))
 
 
 def _active(config: ModelConfig, weight: Weight, count: int) -> int:

@@ -20,6 +20,8 @@ import qrun.hub
 from qrun.checkpoint import Checkpoint
 from qrun.errors import CheckpointError, DoesNotFitError, ModelNotFoundError, QrunError, UnsupportedModelError
 from qrun.hub import HuggingFace, Resolved, explain, fetch
+from qrun.models import describe
+from qrun.outline import outlines
 from qrun.recipe import Recipe
 
 BF16 = Recipe.parse("bf16")
@@ -92,6 +94,10 @@ class MemoryHub:
         if not self.online or repo not in self.repos:
             raise ModelNotFoundError(f"{repo} cannot be had, or talk to the embedded model: qrun chat spark")
         return {name: len(data) for name, data in self.repos[repo].items()}
+
+    def header(self, repo: str, name: str, revision: str) -> Mapping[str, str]:
+        self.asked.append(f"header of {name}")
+        return {"a": "F32"}
 
     def cache_dir(self) -> Path:
         return self.root / "not" / "made" / "yet"
@@ -241,12 +247,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Serves ``org/name`` from ``files``; other repositories fail as the hub makes them fail."""
 
     files: Mapping[str, bytes]
+    ranges: list[str]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/org/name/resolve/") and path.split("/")[4] in ("main", "v1", SHA):
             name = path.split("/", 5)[5]
+            asked = self.headers["Range"]
+            if name in self.files and asked:
+                self.ranges.append(f"{name} {asked}")
+                first, last = map(int, asked.removeprefix("bytes=").split("-"))
+                return self.answer(206, self.files[name][first : last + 1])
             if name in self.files:
                 return self.answer(200, self.files[name], ETag=f'"{len(self.files[name]):040d}"')
             return self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
@@ -278,6 +290,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    Hub.ranges = []
     handler = type("Served", (Hub,), {"files": repository(tmp_path_factory.mktemp("hub") / "r")})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -341,6 +354,61 @@ def test_what_the_hub_refuses(client: HuggingFace, name: str, message: str) -> N
 def test_a_file_that_is_not_there(client: HuggingFace) -> None:
     with pytest.raises(ModelNotFoundError, match="not a transformers-style checkpoint"):
         client.file("org/name", "other.json", "main")
+
+
+def test_an_outline_reads_a_config_and_a_header(client: HuggingFace, tmp_path: Path) -> None:
+    """The files are in 32 bits, and no weights are fetched."""
+    Hub.ranges.clear()
+    (found,) = outlines("org/name@v1", client=client)
+    assert (found.name, found.config, found.tied, found.itemsize) == ("org/name@v1", describe(TINY), True, 4)
+    assert [line.split()[0] for line in Hub.ranges] == ["model-1.safetensors"]
+    kept = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert kept == {"config.json", "model.safetensors.index.json"}
+    assert outlines("org/name@v1", client=client, offline=True)[0].config == found.config
+
+
+def test_an_outline_from_the_cache_when_the_hub_is_away(client: HuggingFace, tmp_path: Path) -> None:
+    fetch("org/name", recipe=BF16, client=client)
+    away = HuggingFace(endpoint="http://127.0.0.1:9", cache=tmp_path / "cache")
+    (found,) = outlines("org/name", client=away)
+    assert found.itemsize == 4 and "the hub cannot be reached" in found.note
+    with pytest.raises(ModelNotFoundError, match="the hub cannot be reached"):
+        outlines("org/other", client=away)
+
+
+def test_the_tensors_tell_of_the_head(hub: MemoryHub) -> None:
+    """Where the config does not: here the index names no lm_head, there it does."""
+    files = hub.repos["org/name"]
+    files["config.json"] = json.dumps({key: TINY[key] for key in TINY if key != "tie_word_embeddings"}).encode()
+    assert outlines("org/name", client=hub)[0].tied is True
+    assert hub.asked == ["config.json", "model.safetensors.index.json", "header of model-1.safetensors"]
+    index = {"weight_map": {"a": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    shutil.rmtree(hub.root)
+    assert outlines("org/name", client=hub)[0].tied is False
+
+
+def test_an_outline_of_what_cannot_run(hub: MemoryHub) -> None:
+    for name in [name for name in hub.repos["org/name"] if name.endswith(".safetensors")]:
+        del hub.repos["org/name"][name]
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        outlines("org/name", client=hub)
+    hub.repos["org/name"]["config.json"] = json.dumps(TINY | {"model_type": "gpt9"}).encode()
+    shutil.rmtree(hub.root)
+    with pytest.raises(UnsupportedModelError, match="gpt9"):
+        outlines("org/name", client=hub)
+    del hub.repos["org/name"]["config.json"]
+    with pytest.raises(CheckpointError, match="no config"):
+        outlines("org/name", client=hub)
+
+
+def test_outlines_without_a_network(hub: MemoryHub) -> None:
+    hub.online = False
+    assert [found.name for found in outlines("ernie", client=hub)] == ["ernie:0.3b", "ernie:21b", "ernie:300b"]
+    assert len(outlines("", client=hub)) > 20
+    assert outlines("Ernie:0.3B", client=hub)[0].config.layers == 18
+    assert outlines("spark", client=hub)[0].tied is not None
+    assert hub.asked == []
 
 
 def test_not_in_the_cache(client: HuggingFace) -> None:

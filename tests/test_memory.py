@@ -33,7 +33,6 @@ from qrun.memory import (
     check_fits,
     forecast,
     human,
-    largest_context,
     packed_bytes,
 )
 from qrun.models import describe
@@ -108,11 +107,11 @@ def test_peak_is_the_stated_bound() -> None:
 def test_largest_context_is_the_largest() -> None:
     recipe = Recipe.parse("wint4")
     memory = 14_000_000_000
-    context = largest_context(ERNIE_21B, recipe, memory)
+    context = forecast(ERNIE_21B, recipe).room(memory, ERNIE_21B.positions)
     assert context % 256 == 0
     assert forecast(ERNIE_21B, recipe, context).needed <= memory < forecast(ERNIE_21B, recipe, context + 256).needed
-    assert largest_context(ERNIE_21B, recipe, 1 << 50) == ERNIE_21B.positions
-    assert largest_context(ERNIE_21B, recipe, 1 << 30) == 0
+    assert forecast(ERNIE_21B, recipe, 77).room(1 << 50, ERNIE_21B.positions) == ERNIE_21B.positions
+    assert forecast(ERNIE_21B, recipe).room(1 << 30, ERNIE_21B.positions) == 0
 
 
 @pytest.mark.parametrize(
@@ -204,11 +203,11 @@ def test_a_window_bounds_what_is_expanded() -> None:
 
 def test_largest_context_on_a_gpu_is_the_largest() -> None:
     recipe = Recipe.parse("wint4")
-    context = largest_context(ERNIE_21B, recipe, 16_000_000_000, device="cuda")
+    context = forecast(ERNIE_21B, recipe, device="cuda").room(16_000_000_000, ERNIE_21B.positions)
     assert 0 < context < ERNIE_21B.positions
     assert forecast(ERNIE_21B, recipe, context, device="cuda").needed <= 16_000_000_000
     assert forecast(ERNIE_21B, recipe, context + 256, device="cuda").needed > 16_000_000_000
-    assert largest_context(ERNIE_21B, recipe, 1 << 30, device="cuda") == 0
+    assert forecast(ERNIE_21B, recipe, device="cuda").room(1 << 30, ERNIE_21B.positions) == 0
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.aliases",
         "qrun.repetition",
         "qrun.resident",
+        "qrun.free",
     ),
     ("qrun.doctor_check", "qrun.doctor_environment", "qrun.doctor_machine", "qrun.doctor_versions"),
     (
@@ -42,6 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.memory",
         "qrun.names",
         "qrun.hub",
+        "qrun.outline",
+        "qrun.fit",
         "qrun.runcard",
         "qrun.bandwidth",
         "qrun.doctor_devices",

@@ -27,6 +27,7 @@ from qrun.cli.compare_cmd import compare
 from qrun.cli.complete import mended_words
 from qrun.cli.doctor_cmd import doctor
 from qrun.cli.eval_cmd import evaluate
+from qrun.cli.fit_cmd import fit
 from qrun.cli.generate import generate
 from qrun.cli.helptext import Command, Group
 from qrun.cli.info_cmd import info
@@ -42,6 +43,7 @@ FIRST_STEPS = """qrun makes the language model you have fit this machine, and ta
 
   qrun chat                              talk with spark, a demonstration that comes with qrun
   qrun chat ernie:0.3b --wint4           a real model, quantized while it loads
+  qrun fit                               which models fit this machine, before any download
   qrun generate -p "Name three trees."   one answer, for scripts
 
   qrun --help                            every command; qrun chat --help teaches one of them
@@ -64,6 +66,7 @@ app = typer.Typer(
 command = partial(app.command, cls=Command)
 command()(with_options(chat))
 command()(with_options(generate))
+command()(with_options(fit))
 command()(with_options(bench))
 command("bench compare")(with_options(compare))
 command("eval")(with_options(evaluate))
