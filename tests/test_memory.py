@@ -3,6 +3,7 @@ what is left when memory runs out."""
 
 import gc
 import math
+import platform
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,14 @@ from qrun.backends.cuda_space import EXPANDED
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, ModelNotFoundError
 from qrun.formats import format_of, kv_format
+from qrun.free import in_use, release
 from qrun.memory import (
     GPU_CHUNK,
     GPU_EXPANDED,
     GPU_OVERHEAD,
+    KERNELS,
     OVERHEAD,
+    WORK,
     available,
     check_fits,
     forecast,
@@ -137,6 +141,31 @@ def test_what_would_fit_is_said(quant: str, context: int, memory: float, advice:
 def test_what_fits_passes() -> None:
     need = check_fits(ERNIE_21B, Recipe.parse("wint4"), context=4096, memory=14_000_000_000, name="ernie:21b")
     assert need.needed <= 14_000_000_000
+
+
+@pytest.mark.parametrize("name", ["ernie:0.3b", "ernie:21b", "llama3.1:8b"])
+def test_what_a_load_is_expected_to_take(name: str) -> None:
+    config, base = describe(ALIASES[name].config), 340_000_000
+    plain, quantized = (forecast(config, Recipe.parse(quant)) for quant in ("bf16", "wint4"))
+    for need in (plain, quantized):
+        assert need.expected_load(base, 2, kept=True) == base + KERNELS + need.weights
+        assert base + KERNELS + need.weights < need.expected_load(base, 2) <= need.peak_load
+    assert plain.expected_load(base, 64) == plain.expected_load(base, 1), "nothing is computed"
+    assert quantized.expected_load(base, 4) == quantized.expected_load(base, 3) + WORK
+
+
+def test_few_threads_work_on_little() -> None:
+    need = forecast(TINY, Recipe.parse("wint4"))
+    assert need.expected_load(0, 64) == need.expected_load(0, 1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what was freed")
+def test_what_was_freed_goes_back() -> None:
+    parts = [torch.ones(1 << 14) for _ in range(2000)]
+    full = in_use()
+    del parts[:-1]  # the last one keeps the heap from shrinking
+    release()
+    assert in_use() < full - 100_000_000
 
 
 def test_human() -> None:

@@ -34,7 +34,7 @@ class FitOptions(SweepOptions):
     model: Annotated[
         str,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             autocompletion=complete.models,
             help="A checkpoint directory, a name such as qwen3:0.6b, a family such as ernie, an org/name on the hub, "
             "or spark; every short name when not given.",
