@@ -1,6 +1,5 @@
 """Engines that are loaded together to be compared, and the memory of each. It knows no tests and no clock."""
 
-import ctypes
 import gc
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -8,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 
 from qrun.api import load
 from qrun.engine import Engine
-from qrun.memory import available, forecast
+from qrun.free import available, in_use, release
+from qrun.memory import forecast
 from qrun.recipe import Recipe
 from qrun.resident import peak, reset_peak
 
@@ -90,13 +89,11 @@ def fit_beside(engine: Engine, recipes: Sequence[Recipe], kvs: Sequence[str | No
 def _tidy() -> None:
     """Give back what is freed: engines are in cycles, and the C library keeps blocks, a GB after an evaluation."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    release()
 
 
 def _held(device: str) -> int:
     """Bytes in use now."""
     if device == "cpu":
-        return int(psutil.Process().memory_info().rss)
+        return in_use()
     return int(torch.get_device_module(device).memory_allocated())
