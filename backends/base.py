@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qrun.cache import KVCache, LayerCache
-from qrun.formats import PlainFormat, QTensor
+from qrun.formats import PermutedFormat, PlainFormat, QTensor
 from qrun.kernels import reference
 
 TILE = 1 << 22  # weights expanded at a time where no kernel reads the codes themselves
@@ -193,6 +193,8 @@ class Backend:
         self, weight: QTensor, bias: Tensor | None = None, *, activations: str = "16", op: str = "linear"
     ) -> Linear:
         """Bind x [S, K] -> x @ weightᵀ + bias [S, N] for a weight [N, K]."""
+        if isinstance(weight.format, PermutedFormat):
+            return self._permuted(weight.format, weight, bias, activations=activations, op=op)
         binder = self.binders.get(weight.format.family)
         if binder is None:
             call, kernel = self.expanding(weight, bias, activations)
@@ -201,6 +203,15 @@ class Backend:
             call, kernel = binder(weight, bias, activations)
             self.note(op, weight.format, kernel)
         return call
+
+    def _permuted(
+        self, form: PermutedFormat, weight: QTensor, bias: Tensor | None, *, activations: str, op: str
+    ) -> Linear:
+        """Activations in the order of the columns, then the linear of the inner format."""
+        assert weight.order is not None, "a permuted weight has an order"
+        order = weight.order.view(-1).long()
+        inner = self.linear(form.unordered(weight), bias, activations=activations, op=op)
+        return lambda x: inner(x.index_select(-1, order))
 
     def expanding(self, weight: QTensor, bias: Tensor | None, activations: str) -> tuple[Linear, str]:
         """The linear that is right for every format: dequantize some rows, multiply, next rows."""

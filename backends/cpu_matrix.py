@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qrun.formats import AffineFormat, PlainFormat, QTensor
+from qrun.formats.widened import readable
 from qrun.kernels import cpu_few, cpu_gemm, cpu_gemm_plain, cpu_gemv, cpu_moe, cpu_norm, cpu_plain, cpu_tile
 from qrun.kernels.cpu_pool import FIRST, Array, Program, aligned
 
@@ -69,7 +70,7 @@ class Matrix(ABC):
         """Add y = W x + bias (+ residual); with scratch for `pairs`, silu(first half) * second half instead."""
 
     @abstractmethod
-    def multiply_experts(self, program: Program, kind: Callable[[int, bool], int]) -> int:
+    def multiply_experts(self, program: Program, kind: Callable[[int, int], int]) -> int:
         """Add a row of `cpu_moe` for a stack [E, N, K], its arguments up to 12 set. Returns the row."""
 
     @abstractmethod
@@ -129,6 +130,9 @@ class IntegerMatrix(Matrix):
         self.row = weight.codes.shape[-1]
         self.blocks = -(-self.row // 64)
         self.groups = form.padded(self.columns) // form.group if form.group else 1
+        self.scales = cpu_gemv.ROW
+        if form.group:
+            self.scales = cpu_gemv.GROUP if form.ours else cpu_gemv.WIDE
         self.kernel = f"numba int{form.bits}×{'int8' if self.limit == 127 else 'int16'} dot"
         self.full = padded(self.blocks * 64 * self.per, cpu_gemv.SPAN)
         self.group = form.group or self.full
@@ -136,8 +140,8 @@ class IntegerMatrix(Matrix):
         self.sums = padded(max(self.groups, self.full // self.group + 1), 16)
         self.lanes = cpu_gemv.lane_groups(self.per, form.group) if form.group else None
         planes = 1 if self.limit == 127 else 2
-        self.many = cpu_gemm.affine(self.per, form.group != 0, planes)
-        self.few = cpu_few.grouped(self.per) if form.group else cpu_few.affine(self.per, planes)
+        self.many = cpu_gemm.affine(self.per, self.scales, planes)
+        self.few = cpu_few.grouped(self.per, self.scales) if form.group else cpu_few.affine(self.per, planes)
         self.up_to = cpu_few.FEW_GROUPED if form.group else cpu_few.FEW
         self.run = 16 * form.group // (64 * self.per)
         # Rows not a power of two apart, or all of a tile's tokens would fall into the same cache sets.
@@ -162,17 +166,17 @@ class IntegerMatrix(Matrix):
     def multiply(self, program: Program, out: object, *, residual: object = None, pairs: Array | None = None) -> Slots:
         form, weight = self.form, self.weight
         row = program.add(
-            cpu_gemv.affine(self.per, form.group != 0), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
+            cpu_gemv.affine(self.per, self.scales), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
             float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
             128 if form.signed else 0, self.run, self.rows if pairs is None else self.rows // 2, out, self.bias,
             residual, pairs,
         )  # fmt: skip
         return Slots(program.words[row], 14, 16)
 
-    def multiply_experts(self, program: Program, kind: Callable[[int, bool], int]) -> int:
+    def multiply_experts(self, program: Program, kind: Callable[[int, int], int]) -> int:
         form, weight = self.form, self.weight
         return program.add(
-            kind(self.per, form.group != 0), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
+            kind(self.per, self.scales), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
             float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
             128 if form.signed else 0, self.run,
         )  # fmt: skip
@@ -269,9 +273,9 @@ class PlainMatrix(Matrix):
         )
         return Slots(program.words[row], 4, 6)
 
-    def multiply_experts(self, program: Program, kind: Callable[[int, bool], int]) -> int:
+    def multiply_experts(self, program: Program, kind: Callable[[int, int], int]) -> int:
         size = cpu_moe.BF16 if self.bf16 else cpu_moe.FP32
-        return program.add(kind(size, False), self.weight.codes, self.columns, self.x)
+        return program.add(kind(size, cpu_gemv.ROW), self.weight.codes, self.columns, self.x)
 
     def feed_slots(self, program: Program, x: object, stride: int, count: int) -> tuple[int, int, int]:
         wide = padded(self.columns, 32)
@@ -313,6 +317,7 @@ class PlainMatrix(Matrix):
 
 def matrix(weight: QTensor, bias: Tensor | None, activations: str, workspace: Workspace) -> Matrix | None:
     """The weight on a decode kernel, or none where its format has none."""
+    weight = readable(weight)
     if not all(tensor.is_contiguous() for tensor in weight.tensors().values()):
         return None
     if IntegerMatrix.takes(weight, activations):

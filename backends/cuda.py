@@ -26,7 +26,7 @@ from qrun.backends.cuda_space import Space
 from qrun.backends.cuda_tuning import Tuner
 from qrun.backends.graphs import GraphStep
 from qrun.cache import KVCache
-from qrun.formats import Fp8BlockFormat, QTensor
+from qrun.formats import Fp8Format, QTensor
 from qrun.kernels.gpu_gemv import MOST
 from qrun.kernels.gpu_packed import Packed
 from qrun.kernels.gpu_sample import DeviceChoice, handles
@@ -100,7 +100,7 @@ class CUDABackend(Backend):
         return call
 
     def embedding(self, table: QTensor) -> Callable[[Tensor], Tensor]:
-        if not packs(table) or isinstance(table.format, Fp8BlockFormat):
+        if not packs(table) or isinstance(table.format, Fp8Format):
             return super().embedding(table)
         packed = pack(table, self.card.half)
         self._table = (table, packed)  # a tied head is the same weight

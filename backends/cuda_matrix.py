@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, MxFp4Format, NvFp4Format, PlainFormat, QTensor
+from qrun.formats import AffineFormat, CodebookFormat, Fp8Format, MxFp4Format, NvFp4Format, PlainFormat, QTensor
 from qrun.formats.packing import unpack
 from qrun.kernels.gpu_expand import expand
 from qrun.kernels.gpu_packed import BITS, ROW_ALIGN, Kind, Packed, pack_planes
@@ -20,12 +20,17 @@ PAIR = 64
 def packs(weight: QTensor, *, paired: bool = False) -> bool:
     """Whether the kernels have a kind for the weight's format and shape."""
     form = weight.format
-    if isinstance(form, Fp8BlockFormat):
+    if isinstance(form, Fp8Format):
+        if not form.blocks:
+            return False
         # A gate that ends inside a block of scales has no rows of its own to pair.
         return not paired or (weight.shape[-2] // 2) % ROW_ALIGN == 0
     if isinstance(form, PlainFormat):
         return form.dtype == torch.bfloat16  # who asks for 32 bits wants them
-    return form.group % 32 == 0 if isinstance(form, AffineFormat) else isinstance(form, CodebookFormat)
+    if isinstance(form, AffineFormat):
+        return form.group % 32 == 0 and form.zero_dtype == torch.uint8
+    # Of scales the kernels read BF16, E8M0 and e4m3; float32 ones are of another tool's checkpoint.
+    return isinstance(form, CodebookFormat) and form.scale_dtype != torch.float32
 
 
 def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed:
@@ -37,11 +42,11 @@ def pack(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed:
         raise ValueError(f"the GPU kernels have no kind for {weight.format} of shape {weight.shape}")
     form = weight.format
     n, k = weight.shape
-    pair = (128 if isinstance(form, Fp8BlockFormat) else PAIR) if paired else 0
+    pair = (128 if isinstance(form, Fp8Format) else PAIR) if paired else 0
     if isinstance(form, PlainFormat):
         codes = _reorder(weight.codes.to(half), pair)
         return Packed(kind="plain", n=n, k=k, codes=_padded(codes, ROW_ALIGN, 128), pairs=pair)
-    if isinstance(form, Fp8BlockFormat):
+    if isinstance(form, Fp8Format):
         return _fp8(weight, pair)
     if isinstance(form, AffineFormat):
         return _affine(weight, form, pair)

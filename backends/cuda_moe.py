@@ -11,7 +11,7 @@ from torch import Tensor
 from qrun.backends.base import Feed, MoESpec, MoEWeights
 from qrun.backends.cuda_product import Link, Product
 from qrun.backends.cuda_space import Space
-from qrun.formats import AffineFormat, CodebookFormat, Fp8BlockFormat, QTensor
+from qrun.formats import AffineFormat, CodebookFormat, Fp8Format, QTensor
 from qrun.kernels import gpu_norm, reference
 from qrun.kernels.gpu_gemv import Operand, Routed, columns_for
 from qrun.kernels.gpu_router import route
@@ -123,7 +123,7 @@ def with_shared(weights: MoEWeights) -> tuple[list[QTensor], list[QTensor]] | No
     alike = up.format == first[0].format and down.format == second[0].format
     if not alike or weights.shared_gate_up_bias is not None or weights.shared_down_bias is not None or whole % width:
         return None
-    if isinstance(down.format, Fp8BlockFormat) and width % 128:
+    if isinstance(down.format, Fp8Format) and width % 128:
         return None
     if isinstance(down.format, AffineFormat | CodebookFormat) and down.format.padded(width) != width:
         return None

@@ -230,7 +230,7 @@ def affine(per: int, planes: int) -> int:
 
 
 @cache
-def grouped(per: int) -> int:
+def grouped(per: int, scales: int) -> int:
     """The kernel's address for a weight with a scale every group. Arguments are those of `cpu_gemm.affine`, and from 26
     on those of `cpu_gemv.affine` up to 12."""
 
@@ -245,10 +245,10 @@ def grouped(per: int) -> int:
             for s in range(tokens):
                 planes, spans = arg(a, 6) + s * arg(a, 7), arg(a, 8) + s * arg(a, 9)
                 totals, out = arg(a, 10) + s * arg(a, 11), sums + 4 * (WIDTH * s - first)
-                gemv_rows(per, True, a + 8 * 26, planes, spans, totals, 0, first, stop, count - 1, out)
+                gemv_rows(per, scales, a + 8 * 26, planes, spans, totals, 0, first, stop, count - 1, out)
                 if pairs != 0:
                     out += 4 * (WIDTH // 2)
-                    gemv_rows(per, True, a + 8 * 26, planes, spans, totals, count, first, stop, count - 1, out)
+                    gemv_rows(per, scales, a + 8 * 26, planes, spans, totals, count, first, stop, count - 1, out)
             finish(sums, tokens, first, count, arg(a, 17), stride, arg(a, 19), arg(a, 20), pairs)
             first = more(a, job, count, step, first)
         return count

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from qrun.kernels.cpu_gemv import SPAN, block
+from qrun.kernels.cpu_gemv import GROUP, ROW, SPAN, WIDE, block
 from qrun.kernels.cpu_pool import arg, arg_f32, inline, kernel, more, take
 from qrun.kernels.cpu_simd import (
     and_bytes,
@@ -111,14 +111,21 @@ def _unpack(per, a, first, packed, temp):
 
 
 @inline
-def _scales(by_group, a, first, scale, minus):
-    """[groups][64] scales, and minus scale·zero."""
+def _scales(scales, a, first, scale, minus):
+    """[groups][64] scales, and minus scale·zero or the minimum."""
     groups, count, pairs, zeros = arg(a, 12), arg(a, 15), arg(a, 21), arg(a, 4)
     for c in range(WIDTH):
         row = source_row(c, first, count, pairs)
         for g in range(groups):
             at = 4 * (g * WIDTH + c)
-            if by_group:
+            if scales == WIDE:
+                s = get_f32(arg(a, 3) + 4 * (row * groups + g))
+                set_f32(scale + at, s)
+                if zeros != 0:
+                    set_f32(minus + at, -get_f32(zeros + 4 * (row * groups + g)))
+                else:
+                    set_f32(minus + at, -s * arg_f32(a, 5))
+            elif scales == GROUP:
                 s = get_bf16(arg(a, 3) + 2 * (row * groups + g))
                 z = _f32(get_u8(zeros + row * groups + g)) if zeros != 0 else arg_f32(a, 5)
                 set_f32(scale + at, s)
@@ -147,7 +154,7 @@ def _segment(per, planes, x, stride, packed, t0, t1, q0, q1):
 
 
 @inline
-def _batch(per, by_group, planes, a, tokens, s0, packed, scale, minus, sums):
+def _batch(per, scales, planes, a, tokens, s0, packed, scale, minus, sums):
     x, stride = arg(a, 6) + s0 * arg(a, 7), arg(a, 7)
     spans, span_stride = arg(a, 8) + s0 * arg(a, 9), arg(a, 9)
     blocks, group, unit = arg(a, 2), arg(a, 13), arg(a, 24)
@@ -156,7 +163,7 @@ def _batch(per, by_group, planes, a, tokens, s0, packed, scale, minus, sums):
         for g in range(arg(a, 12)):
             tile = tile_fma(tile, minus + 4 * g * WIDTH, arg(a, 10) + (s0 + i) * arg(a, 11) + 4 * g, arg(a, 11))
         tile_store(sums + 4 * WIDTH * i, tile)
-    if by_group:
+    if scales != ROW:
         quads = unit // (4 * per)
         for t in range(blocks):
             for u in range(16 // quads):
@@ -179,7 +186,7 @@ def _batch(per, by_group, planes, a, tokens, s0, packed, scale, minus, sums):
 
 
 @cache
-def affine(per: int, by_group: bool, planes: int) -> int:
+def affine(per: int, scales: int, planes: int) -> int:
     """The kernel's address; `planes` 1 for 8-bit activations.
 
     Arguments: 0 codes, 1 bytes a row, 2 blocks, 3 scales, 4 zeros or none, 5 zero, 6 planes, 7 stride, 8 their
@@ -201,10 +208,10 @@ def affine(per: int, by_group: bool, planes: int) -> int:
         first = take(a, job, count, step)
         while first < count:
             _unpack(per, a, first, packed, temp)
-            _scales(by_group, a, first, scale, minus)
+            _scales(scales, a, first, scale, minus)
             for s0 in range(0, total, BATCH):
                 tokens = min(BATCH, total - s0)
-                _batch(per, by_group, planes, a, tokens, s0, packed, scale, minus, sums)
+                _batch(per, scales, planes, a, tokens, s0, packed, scale, minus, sums)
                 residual = arg(a, 20) + s0 * stride if arg(a, 20) != 0 else 0
                 finish(sums, tokens, first, count, arg(a, 17) + s0 * stride, stride, arg(a, 19), residual, pairs)
             first = more(a, job, count, step, first)

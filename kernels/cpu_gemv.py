@@ -47,6 +47,8 @@ from qrun.kernels.cpu_simd import (
 SPAN = 256  # activations that share a scale
 CHUNK = 32  # rows a thread takes at a time
 AHEAD = 1024  # bytes between what is prefetched and what is used
+ROW, GROUP, WIDE = 0, 1, 2
+"""What scales there are: float32 of rows; bf16 of groups, with zeros u8; float32 of groups, with minima float32."""
 _f32 = np.float32
 
 
@@ -120,7 +122,12 @@ def _zeros(a, row_groups, left):
 
 
 @inline
-def _scales(a, n, groups, g, left):
+def _scales(scales, a, n, groups, g, left):
+    if scales == WIDE:
+        at = arg(a, 3) + 4 * (n * groups + g)
+        if left >= 16:
+            return load_f32(at)
+        return load_f32_first(at, left)
     at = arg(a, 3) + 2 * (n * groups + g)
     if left >= 16:
         return load_bf16(at)
@@ -128,7 +135,18 @@ def _scales(a, n, groups, g, left):
 
 
 @inline
-def _four_grouped(per, a, planes, spans, sums, n0, n1, n2, n3, out):
+def _minus(scales, a, s, row_groups, left):
+    """What a group's sum of x is multiplied by and then comes off: scale · zero, or as the table has it."""
+    table = arg(a, 4)
+    if scales == WIDE and table != 0:
+        if left >= 16:
+            return load_f32(table + 4 * row_groups)
+        return load_f32_first(table + 4 * row_groups, left)
+    return s * _zeros(a, row_groups, left)
+
+
+@inline
+def _four_grouped(scales, per, a, planes, spans, sums, n0, n1, n2, n3, out):
     """Four rows at once, for the scales' lanes and the activations are the same; each prefetches the row four on."""
     codes, row, blocks = arg(a, 0), arg(a, 1), arg(a, 2)
     groups, lanes, run, flip = arg(a, 9), arg(a, 10), arg(a, 12), arg(a, 11)
@@ -144,15 +162,15 @@ def _four_grouped(per, a, planes, spans, sums, n0, n1, n2, n3, out):
     t = 0
     for g in range(0, groups, 16):
         left = groups - g
-        s0 = _scales(a, n0, groups, g, left)
-        s1 = _scales(a, n1, groups, g, left)
-        s2 = _scales(a, n2, groups, g, left)
-        s3 = _scales(a, n3, groups, g, left)
+        s0 = _scales(scales, a, n0, groups, g, left)
+        s1 = _scales(scales, a, n1, groups, g, left)
+        s2 = _scales(scales, a, n2, groups, g, left)
+        s3 = _scales(scales, a, n3, groups, g, left)
         total = load_f32(sums + 4 * g)
-        z0 = fma(s0 * _zeros(a, n0 * groups + g, left), total, z0)
-        z1 = fma(s1 * _zeros(a, n1 * groups + g, left), total, z1)
-        z2 = fma(s2 * _zeros(a, n2 * groups + g, left), total, z2)
-        z3 = fma(s3 * _zeros(a, n3 * groups + g, left), total, z3)
+        z0 = fma(_minus(scales, a, s0, n0 * groups + g, left), total, z0)
+        z1 = fma(_minus(scales, a, s1, n1 * groups + g, left), total, z1)
+        z2 = fma(_minus(scales, a, s2, n2 * groups + g, left), total, z2)
+        z3 = fma(_minus(scales, a, s3, n3 * groups + g, left), total, z3)
         for i in range(min(run, blocks - t)):
             x = planes + t * 128 * per
             s = splat(get_f32(spans + 4 * ((t * per * 64) >> 8)))
@@ -172,10 +190,10 @@ def _four_grouped(per, a, planes, spans, sums, n0, n1, n2, n3, out):
 
 
 @inline
-def _four(per, by_group, a, planes, spans, sums, n0, n1, n2, n3, out):
+def _four(per, scales, a, planes, spans, sums, n0, n1, n2, n3, out):
     # Row after row: memory is then read in one stream, which the prefetchers follow even where rows are short.
-    if by_group:
-        _four_grouped(per, a, planes, spans, sums, n0, n1, n2, n3, out)
+    if scales != ROW:
+        _four_grouped(scales, per, a, planes, spans, sums, n0, n1, n2, n3, out)
     else:
         f0 = _row_channel(per, a, planes, spans, n0)
         f1 = _row_channel(per, a, planes, spans, n1)
@@ -185,13 +203,13 @@ def _four(per, by_group, a, planes, spans, sums, n0, n1, n2, n3, out):
 
 
 @inline
-def rows(per, by_group, a, planes, spans, sums, first, n, stop, last, out):
+def rows(per, scales, a, planes, spans, sums, first, n, stop, last, out):
     """Rows first + (n … stop-1) to out, which is written up to a multiple of 16; `last` is the greatest that exists."""
     for i in range(n, stop, 4):
         n0, n1 = first + min(i, last), first + min(i + 1, last)
         n2, n3 = first + min(i + 2, last), first + min(i + 3, last)
-        _four(per, by_group, a, planes, spans, sums, n0, n1, n2, n3, out + 4 * i)
-    if not by_group:
+        _four(per, scales, a, planes, spans, sums, n0, n1, n2, n3, out + 4 * i)
+    if scales == ROW:
         scale = arg(a, 3) + 4 * first
         zero = splat(arg_f32(a, 5) * get_f32(sums))
         for i in range(n, stop, 16):
@@ -199,13 +217,13 @@ def rows(per, by_group, a, planes, spans, sums, first, n, stop, last, out):
 
 
 @cache
-def affine(per: int, by_group: bool) -> int:
-    """The kernel's address for codes of 8 / `per` bits, with a scale every group (bf16) or every row (float32).
+def affine(per: int, scales: int) -> int:
+    """The kernel's address for codes of 8 / `per` bits; scales are ROW, GROUP or WIDE.
 
-    Arguments: 0 codes, 1 bytes a row, 2 blocks, 3 scales, 4 zeros u8 or none, 5 zero (float) where there is no table,
-    6 planes, 7 their scales, 8 group sums of x, 9 groups, 10 lane_groups, 11 bytes' xor (128 for signed codes), 12
-    blocks a part of 16 groups, 13 rows, 14 out, 15 bias or none, 16 residual or none, 17 scratch for silu(gate)·up or
-    none (then 13 is the number of pairs, up rows follow the gate rows). `out` has room for a multiple of 16.
+    Arguments: 0 codes, 1 bytes a row, 2 blocks, 3 scales, 4 zeros or minima or none, 5 zero (float) where there is no
+    table, 6 planes, 7 their scales, 8 group sums of x, 9 groups, 10 lane_groups, 11 bytes' xor (128 for signed codes),
+    12 blocks a part of 16 groups, 13 rows, 14 out, 15 bias or none, 16 residual or none, 17 scratch for silu(gate)·up
+    or none (then 13 is the number of pairs, up rows follow the gate rows). `out` has room for a multiple of 16.
     """
 
     @kernel
@@ -218,14 +236,14 @@ def affine(per: int, by_group: bool) -> int:
             stop = min(n + step, count)
             if scratch != 0:
                 gate, up = scratch, scratch + 4 * ((count + 15) // 16 * 16)
-                rows(per, by_group, a, planes, spans, sums, 0, n, stop, count - 1, gate)
-                rows(per, by_group, a, planes, spans, sums, count, n, stop, count - 1, up)
+                rows(per, scales, a, planes, spans, sums, 0, n, stop, count - 1, gate)
+                rows(per, scales, a, planes, spans, sums, count, n, stop, count - 1, up)
                 if bias != 0:
                     add_to(gate, bias, n, stop - n)
                     add_to(up, bias + 4 * count, n, stop - n)
                 silu_pairs(gate + 4 * n, up + 4 * n, out + 4 * n)
             else:
-                rows(per, by_group, a, planes, spans, sums, 0, n, stop, count - 1, out)
+                rows(per, scales, a, planes, spans, sums, 0, n, stop, count - 1, out)
                 if bias != 0:
                     add_to(out, bias, n, stop - n)
                 if residual != 0:

@@ -20,7 +20,7 @@ _f32 = np.float32
 
 
 @inline
-def _rows(per, by_group, a, place, first, n, stop, last, out):
+def _rows(per, scales, a, place, first, n, stop, last, out):
     """Rows n … stop-1 of a weight as `cpu_gemv` (per 1, 2, 4) or `cpu_plain` (BF16, FP32) take them, for the
     activations in a place."""
     if per >= BF16:
@@ -36,7 +36,7 @@ def _rows(per, by_group, a, place, first, n, stop, last, out):
             arg(a, 7) + place * arg(a, 25),
             arg(a, 8) + place * arg(a, 26),
         )
-        cpu_gemv.rows(per, by_group, a, planes, spans, sums, first, n, stop, last, out)
+        cpu_gemv.rows(per, scales, a, planes, spans, sums, first, n, stop, last, out)
 
 
 @cache
@@ -85,7 +85,7 @@ def route() -> int:
 
 
 @cache
-def widen(per: int, by_group: bool) -> int:
+def widen(per: int, scales: int) -> int:
     """Kernel: silu(gate)·up of every slot.
 
     Arguments: those of the weight's own kernel up to 12; 20 experts, 21 slots, 22 pairs, 23 out, 24-26 bytes between
@@ -108,8 +108,8 @@ def widen(per: int, by_group: bool) -> int:
             first = get_i64(experts + 8 * slot) * arg(a, 29)
             gate = arg(a, 27) + 8 * wide * slot
             stop = min(n + CHUNK, pairs)
-            _rows(per, by_group, a, token, first, n, stop, pairs - 1, gate)
-            _rows(per, by_group, a, token, first + pairs, n, stop, pairs - 1, gate + 4 * wide)
+            _rows(per, scales, a, token, first, n, stop, pairs - 1, gate)
+            _rows(per, scales, a, token, first + pairs, n, stop, pairs - 1, gate + 4 * wide)
             silu_pairs(gate + 4 * n, gate + 4 * (wide + n), arg(a, 23) + 4 * (wide * slot + n))
             unit = more(a, job, units, 1, unit)
         return units
@@ -118,7 +118,7 @@ def widen(per: int, by_group: bool) -> int:
 
 
 @cache
-def narrow(per: int, by_group: bool) -> int:
+def narrow(per: int, scales: int) -> int:
     """Kernel: out = residual + the weighted sum of a token's experts' rows times its slots' own activations.
 
     Arguments: those of the weight's own kernel up to 12; 20 experts, 21 slots, 22 rows an expert, 23 out, 24-26 bytes
@@ -143,7 +143,7 @@ def narrow(per: int, by_group: bool) -> int:
                     sums += arg(a, 32) * get_i64(arg(a, 30) + 8 * slot)
                 first = get_i64(experts + 8 * slot) * count
                 weight = get_f32(weights + 4 * slot)
-                _rows(per, by_group, a, slot, first, n, stop, count - 1, temp - 4 * n)
+                _rows(per, scales, a, slot, first, n, stop, count - 1, temp - 4 * n)
                 for i in range(n, stop):
                     set_f32(sums + 4 * i, get_f32(sums + 4 * i) + weight * get_f32(temp + 4 * (i - n)))
             n = more(a, job, count, CHUNK, n)

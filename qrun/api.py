@@ -3,11 +3,14 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from qrun import hub, memory, resident
+from qrun.assign import by_checkpoint, by_recipe
 from qrun.backends import pick
 from qrun.checkpoint import Checkpoint
 from qrun.engine import Engine
@@ -15,14 +18,14 @@ from qrun.errors import DoesNotFitError, StrictError, UsageError
 from qrun.free import in_use, release
 from qrun.loader import Loader, Progress, is_tied
 from qrun.models import describe
-from qrun.recipe import Recipe
+from qrun.recipe import ActivationType, Recipe
 from qrun.runcard import RunCard
 from qrun.store import WeightStore
 
 
 def load(
     model: str | Path | None = None,
-    quant: str | Recipe = "bf16",
+    quant: str | Recipe = "auto",
     kv: str | None = None,
     *,
     device: str = "auto",
@@ -38,7 +41,8 @@ def load(
     Args:
         model: a checkpoint directory, a hub name ``org/name[@revision]``, an alias such as ``ernie:0.3b``, or none for
             the embedded model.
-        quant: the recipe, as ``wint4`` or ``W4A16C8``; ``kv`` replaces its cache part.
+        quant: the recipe, as ``wint4`` or ``W4A16C8``; ``kv`` replaces its cache part. ``auto``: weights that are
+            quantized already stay as they are, others in BF16.
         context: positions of the cache; -1 is all the model has; by default 4096 or what the model has, if less.
         strict: refuse any operation that would run on a fallback.
         offline: do not ask the hub.
@@ -97,19 +101,21 @@ def _load(
         raise UsageError(f"context is {context}: this model takes 1 to {config.positions}")
     room = config.positions if context == -1 else context or min(memory.DEFAULT_CONTEXT, config.positions)
     tied = is_tied(config, checkpoint)
-    itemsize = max(checkpoint.dtype(name).itemsize for name in checkpoint.names())
+    recipe, quantized = _settled(recipe, checkpoint)
+    formats = by_checkpoint(checkpoint, recipe) if recipe.own else by_recipe(recipe)
     forecast = memory.check_fits(
-        config, recipe, context=room, memory=free, name=found.label, tied=tied, source_itemsize=itemsize, device=place
-    )
+        config, recipe, context=room, memory=free, name=found.label, tied=tied, source_itemsize=checkpoint.itemsize,
+        formats=formats, device=place,
+    )  # fmt: skip
     before = in_use()
-    notes = [note for note in (found.note, *why, *recipe.notes) if note]
+    notes = [note for note in (found.note, *why, quantized, *recipe.notes) if note]
     quantizes = any(scheme.type not in ("bf16", "fp32") for scheme in recipe.schemes().values())
     store = WeightStore.default() if cache and quantizes else None
     stored = store.open(checkpoint, recipe) if store is not None else None
     keeping = store is not None and stored is None
     with store.writer(checkpoint, recipe, label=found.label) if store and keeping else nullcontext() as writer:
         loader = Loader(
-            checkpoint, config, recipe, backend, stored=stored, writer=writer,
+            checkpoint, config, recipe, backend, formats=formats, stored=stored, writer=writer,
             progress=report if stored is not None else _releasing(report),
         )  # fmt: skip
         decoder = loader.load()
@@ -135,6 +141,20 @@ def _load(
     )  # fmt: skip
     backend.warm_up(engine.rehearse)
     return engine
+
+
+def _settled(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str]:
+    """The recipe for this checkpoint, and what its user should know of weights that are quantized already."""
+    reader = checkpoint.reader
+    if reader is None:
+        return (replace(recipe, name="bf16", own=False) if recipe.own else recipe), ""
+    method = checkpoint.config["quantization_config"]["quant_method"]
+    if not recipe.own:
+        return recipe, f"quantized again, from {method}'s codes: without --quant they are used as they are"
+    if recipe.activations == "16" and reader.activations != "16":
+        recipe = replace(recipe, activations=cast(ActivationType, reader.activations))
+    asks = f"; it asks for an {reader.cache} cache: --kv {reader.cache}" if reader.cache else ""
+    return recipe, f"weights as {method} stored them{asks}"
 
 
 def _releasing(report: Progress) -> Progress:

@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from qrun.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from qrun.formats import Format, QTensor
+from qrun.readers import Reader, open_reader, quantization
 from qrun.tensorfile import Entry, TensorFile, load_json
 
 CONFIG_LIMIT: Final = 8 << 20
 INDEX_LIMIT: Final = 100 << 20
+MODELOPT: Final = "hf_quant_config.json"
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WEIGHT_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WEIGHT: Final = ".weight"
 _SNAPSHOT: Final = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<sha>[0-9a-f]{40})$")
 
 
@@ -43,7 +47,7 @@ class Checkpoint:
         """Read the configs and every safetensors header of a directory.
 
         Raises `ModelNotFoundError` if there is no such directory, `CheckpointError` if a file is missing, damaged or
-        lies, and `UnsupportedModelError` for a checkpoint that is quantized already.
+        lies, and `UnsupportedModelError` for one that is quantized in a way that is not read.
         """
         _require_directory(path)
         config = read_config(path)
@@ -72,8 +76,51 @@ class Checkpoint:
         self._entry(name)
         return self.files[name].read(name)
 
+    @cached_property
+    def reader(self) -> Reader | None:
+        """What reads the weights that are quantized already; none where the config knows of none."""
+        return open_reader(self, self.config)
+
+    def format(self, name: str, shape: Sequence[int]) -> Format | None:
+        """The format in which a weight is quantized here; none for one of plain numbers."""
+        module = name.removesuffix(WEIGHT)
+        if self.reader is None or not name.endswith(WEIGHT) or not self.reader.holds(module):
+            return None
+        return self.reader.format(module, tuple(shape))
+
+    def packed(self, name: str, shape: Sequence[int]) -> QTensor:
+        """A weight that has a `format`, as it is stored. Raises `CheckpointError` if its tensors are not what that
+        needs, or hold what is no number."""
+        assert self.reader is not None, "asked for after `format`"
+        held = self.reader.read(name.removesuffix(WEIGHT), tuple(shape))
+        for part, tensor in held.tensors().items():
+            if tensor.dtype.is_floating_point and part != "codes" and not bool(torch.isfinite(tensor.float()).all()):
+                raise CheckpointError(f"{name} has a {part} that is NaN or infinite: the checkpoint is damaged")
+        return held
+
+    def shared(self, name: str) -> object:
+        """What the rows of a quantized weight share, to be compared with another's."""
+        return self.reader.shared(name.removesuffix(WEIGHT)) if self.reader is not None else None
+
+    def sources(self, name: str) -> Sequence[str]:
+        """The tensors on disk that a weight is made of."""
+        module = name.removesuffix(WEIGHT)
+        if self.reader is not None and name.endswith(WEIGHT) and self.reader.holds(module):
+            return self.reader.parts(module)
+        return (name,)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of the widest number that reading a weight gives."""
+        if self.reader is not None:
+            return 4
+        return max(self.dtype(name).itemsize for name in self.names())
+
     def require(self, name: str, shape: Sequence[int]) -> None:
-        """Raise `CheckpointError` unless the tensor is floating point and has exactly the shape its config promises."""
+        """Raise `CheckpointError` unless there is a weight of exactly the shape its config promises, in floating point
+        or quantized."""
+        if self.format(name, shape) is not None:
+            return
         entry = self._entry(name)
         if entry.shape != tuple(shape):
             raise CheckpointError(
@@ -87,7 +134,9 @@ class Checkpoint:
             )
 
     def weight(self, name: str, shape: Sequence[int]) -> Tensor:
-        """`read`, of a tensor that is what `require` asks for."""
+        """`read`, of a tensor that is what `require` asks for; float32 where it is quantized."""
+        if self.format(name, shape) is not None:
+            return self.packed(name, shape).dequantize()
         self.require(name, shape)
         return self.read(name)
 
@@ -113,16 +162,17 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a directory. Raises `CheckpointError` if unusable, `UnsupportedModelError` if quantized."""
+    """``config.json`` of a directory, with Model Optimizer's own file where that says how weights are quantized.
+
+    Raises `CheckpointError` if unusable, `UnsupportedModelError` if weights are quantized in a way that is not read.
+    """
     config = _read_json(path / "config.json")
-    for key in ("quantization_config", "compression_config", "quantization"):
-        value = config.get(key)
-        if value:
-            method = cast(dict[str, Any], value).get("quant_method") if isinstance(value, dict) else value
-            raise UnsupportedModelError(
-                f"{path.name or path} is quantized already (config.json: {key}, quant_method {method or 'unnamed'!r}), "
-                "which this release cannot load: give the unquantized checkpoint and --quant"
-            )
+    if not config.get("quantization_config") and (path / MODELOPT).exists():
+        config["quantization_config"] = _read_json(path / MODELOPT) | {"quant_method": "modelopt"}
+    try:
+        quantization(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path.name or path}: {error}") from None
     return config
 
 

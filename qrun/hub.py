@@ -20,6 +20,7 @@ from qrun.errors import CheckpointError, ModelNotFoundError
 from qrun.memory import DEFAULT_CONTEXT, available, check_fits, human
 from qrun.models import describe
 from qrun.names import ELSE, Name, local_path, resolve
+from qrun.readers import quantization
 from qrun.recipe import Recipe
 
 EMBEDDED: Final = "spark"
@@ -173,7 +174,9 @@ class _Fetch:
             raise
         config = describe(read_config(path))
         room = config.positions if context < 1 else min(context, config.positions)
-        check_fits(config, recipe, context=room, memory=free, name=self.repo, device=device)
+        files = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+        stays = files if recipe.own and quantization(read_config(path)) else None
+        check_fits(config, recipe, context=room, memory=free, name=self.repo, files=stays, device=device)
         if not any(name.endswith(".safetensors") for name in sizes):
             raise CheckpointError(f"{self.repo} has no safetensors weights: choose a repository that has, {ELSE}")
         self._fetch_all({name: size for name, size in sizes.items() if not (path / name).exists()}, path.name)

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qrun.assign import Formats, by_recipe, halves, stored
 from qrun.backends.base import AttentionSpec, AttentionWeights, Backend, FfnWeights, MoESpec, MoEWeights
 from qrun.checkpoint import Checkpoint
 from qrun.errors import CheckpointError, UnsupportedModelError
-from qrun.formats import Format, PlainFormat, QTensor, format_of
+from qrun.formats import Format, PlainFormat, QTensor
 from qrun.models.config import ModelConfig
 from qrun.models.decoder import Decoder, Layer, inverse_frequencies
 from qrun.models.plan import Source, Weight, after, before, layer, plan
-from qrun.recipe import Recipe, Role
+from qrun.recipe import Recipe
 from qrun.runcard import RoleLine
 from qrun.store import StoredWeights, WeightWriter
 
@@ -55,26 +56,40 @@ def check(config: ModelConfig, checkpoint: Checkpoint, weights: list[Weight], *,
     for weight in weights:
         for part in weight.parts:
             for source in part:
-                known.add(source.name)
+                known.update(checkpoint.sources(source.name))
                 checkpoint.require(source.name, source.shape)
     for name in checkpoint.names():
-        if name not in known and not name.startswith(SPARE) and not name.endswith(SPARE_ENDS):
+        if name not in known and not _is_spare(name, checkpoint):
             raise UnsupportedModelError(
                 f"{checkpoint.path} has a tensor {name} that a {config.family} model of this config does not use: "
                 "qrun would run it wrong"
             )
 
 
+def _is_spare(name: str, checkpoint: Checkpoint) -> bool:
+    if name.startswith(SPARE) or name.endswith(SPARE_ENDS):
+        return True
+    if checkpoint.reader is None:
+        return False
+    # Some tools write a bias for every layer; where the model has none it must be nothing.
+    return checkpoint.reader.spare(name) or (
+        name.endswith(".bias")
+        and checkpoint.reader.holds(name.removesuffix(".bias"))
+        and not bool(checkpoint.read(name).any())
+    )
+
+
 class Loader:
-    """One load. ``stored`` gives weights quantized by an earlier load, ``writer`` keeps this one's."""
+    """One load. ``formats`` are the recipe's by default; ``stored`` gives weights quantized by an earlier load, ``writer`` keeps this one's."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe, backend: Backend, *,
-        stored: StoredWeights | None = None, writer: WeightWriter | None = None, progress: Progress | None = None,
+        formats: Formats | None = None, stored: StoredWeights | None = None, writer: WeightWriter | None = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.config = config
         self.recipe = recipe
+        self.formats = formats or by_recipe(recipe)
         self.backend = backend
         self.stored = stored
         self.writer = writer
@@ -98,7 +113,7 @@ class Loader:
                 if weight.role == "kept":
                     found[weight.name] = self.kept(weight)
                 else:
-                    packed[weight.name] = self.packed(weight, weight.role)
+                    packed[weight.name] = self.packed(weight)
                 done += 1
                 self.progress("loading", done, total)
 
@@ -138,9 +153,10 @@ class Loader:
         self._count(weight, "fp32", tensor.nbytes)
         return tensor.to(self.backend.device)
 
-    def packed(self, weight: Weight, role: Role) -> QTensor:
-        """A weight in its role's format: from the store, or read and quantized."""
-        form = format_of(self.recipe.schemes()[role])
+    def packed(self, weight: Weight) -> QTensor:
+        """A weight in its format: from the store, or read, and quantized if it is not so already."""
+        form = self.formats(weight)
+        assert form is not None, f"{weight.name} is kept"
         held = self.stored.get(weight.name, form, weight.shape) if self.stored is not None else None
         if held is None:
             begun = time.perf_counter()
@@ -161,6 +177,9 @@ class Loader:
         return stack
 
     def _encode(self, part: tuple[Source, ...], shape: tuple[int, ...], form: Format) -> QTensor:
+        held = stored(self.checkpoint, part, form)
+        if held is not None:
+            return held.to(self.backend.device)
         try:
             return form.quantize(self._assemble(part, shape).to(self.backend.device))
         except ValueError as error:
@@ -169,13 +188,13 @@ class Loader:
     def _assemble(self, part: tuple[Source, ...], shape: tuple[int, ...]) -> Tensor:
         """The sources one under another, rotary rows brought from interleaved pairs to halves."""
         if len(part) == 1:
-            return _halves(self.checkpoint.weight(part[0].name, part[0].shape), part[0].pairs)
+            return halves(self.checkpoint.weight(part[0].name, part[0].shape), part[0].pairs)
         out: Tensor | None = None
         row = 0
         for source in part:
             tensor = self.checkpoint.weight(source.name, source.shape)
             out = torch.empty(shape, dtype=tensor.dtype) if out is None else out
-            out[row : row + source.shape[0]] = _halves(tensor, source.pairs)
+            out[row : row + source.shape[0]] = halves(tensor, source.pairs)
             row += source.shape[0]
         assert out is not None, "a part has at least one source"
         return out
@@ -241,11 +260,3 @@ class Loader:
         )
         spec = MoESpec(top_k=moe.top_k, normalise=moe.normalise, norm_min=moe.norm_min)
         return Layer(attend, backend.moe_block(config.eps, spec, experts, activations=act))
-
-
-def _halves(tensor: Tensor, width: int) -> Tensor:
-    """Rows in heads of ``width`` whose rotary pairs are (2i, 2i+1) -> the same rows with pairs (i, i + width/2)."""
-    if not width:
-        return tensor
-    heads = tensor.view(tensor.shape[0] // width, width // 2, 2, *tensor.shape[1:])
-    return heads.transpose(1, 2).reshape(tensor.shape)

@@ -11,14 +11,16 @@ from typing import Final
 
 import torch
 
+from qrun.assign import Formats, by_recipe
 from qrun.errors import DoesNotFitError
-from qrun.formats import format_of
+from qrun.formats import AffineFormat, Format, PlainFormat
 from qrun.formats.kv import kv_format
+from qrun.formats.widened import read_as, stored_bits
 from qrun.free import available
 from qrun.kernels.gpu_packed import ROW_ALIGN
 from qrun.models.config import ModelConfig
 from qrun.models.plan import Weight, after, before, layer
-from qrun.recipe import Recipe, WeightScheme
+from qrun.recipe import Recipe
 
 OVERHEAD: Final = 600_000_000
 """Bytes beside weights and cache: Python, torch and compiled kernels (about 350 MB) and the activations of a chunk."""
@@ -114,15 +116,17 @@ def forecast(
     *,
     tied: bool | None = None,
     source_itemsize: int = 2,
+    formats: Formats | None = None,
     device: str = "cpu",
 ) -> Forecast:
     """What ``config`` takes at ``recipe`` on a device, exact to the byte for weights and cache.
 
     ``tied`` overrides what the config says of the head; unknown counts as untied, the larger. ``source_itemsize`` is
-    bytes per number in the checkpoint's files.
+    bytes per number in the checkpoint's files; ``formats`` are the recipe's by default.
     """
     tied = bool(config.tied) if tied is None else tied
-    sized = partial(_sized, config=config, recipe=recipe, itemsize=source_itemsize, device=device)
+    formats = formats or by_recipe(recipe)
+    sized = partial(_sized, config=config, formats=formats, itemsize=source_itemsize, device=device)
     roles: dict[str, int] = {}
     moments: dict[int, int] = {}
     parameters = active = largest = fullest = held = 0
@@ -181,22 +185,22 @@ class _Sized:
     pieces: int
 
 
-def _sized(weight: Weight, *, config: ModelConfig, recipe: Recipe, itemsize: int, device: str) -> _Sized:
+def _sized(weight: Weight, *, config: ModelConfig, formats: Formats, itemsize: int, device: str) -> _Sized:
     numbers = math.prod(weight.shape)
-    stored = stored_bytes(weight, recipe)
+    form = formats(weight)
+    stored = numbers * KEPT_ITEMSIZE if form is None else _layout_bytes(form, weight.shape)
     parts = [[itemsize * math.prod(source.shape) for source in part] for part in weight.parts]
     read = max(map(sum, parts))
     last = stored // len(parts)
     # A part of several tensors is assembled from them, then quantized; one of a stack is copied into its place.
     joining = max(parts[-1]) - last if len(parts[-1]) > 1 else 0
-    scheme = _scheme_of(weight, recipe)
-    works = scheme is not None and scheme.type not in ("bf16", "fp32")
+    works = form is not None and not isinstance(form, PlainFormat)
     return _Sized(
         role=weight.role,
         numbers=numbers,
         active=_active(config, weight, numbers),
         stored=stored,
-        placed=packed_bytes(weight, recipe) if device == "cuda" else stored,
+        placed=_placed(form, weight.shape, device) if form is not None else stored,
         read=read,
         beside=read + max(joining, last if len(parts) > 1 else 0),
         pieces=-(-numbers // len(parts) // WORK_NUMBERS) if works else 0,
@@ -215,33 +219,24 @@ def _places(config: ModelConfig, tied: bool, sized: Callable[[Weight], _Sized]) 
     yield list(map(sized, after(config, tied=tied)))
 
 
-def stored_bytes(weight: Weight, recipe: Recipe) -> int:
-    """Bytes of one weight in the format its role has, scales and padding included."""
-    scheme = _scheme_of(weight, recipe)
-    return math.prod(weight.shape) * KEPT_ITEMSIZE if scheme is None else _layout_bytes(scheme, weight.shape)
-
-
-def packed_bytes(weight: Weight, recipe: Recipe) -> int:
-    """The same as a GPU's kernels read it: padded, in one of the widths they know; 32-bit floats have no kernel."""
-    scheme = _scheme_of(weight, recipe)
-    if scheme is None:
-        return math.prod(weight.shape) * KEPT_ITEMSIZE
+def packed_bytes(form: Format, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight as a GPU's kernels read it: padded, in one of the widths they know; 32-bit floats have none."""
     tile = ROW_ALIGN
-    if scheme.type == "int":
-        scheme = replace(scheme, bits=next(bits for bits in (2, 4, 8) if scheme.bits <= bits))
-        tile = 256 if scheme.bits == 2 else tile
-    elif scheme.type == "fp32":
-        return _layout_bytes(scheme, weight.shape)
-    *lead, n, k = weight.shape
-    return _layout_bytes(scheme, (*lead, n + -n % ROW_ALIGN, k + -k % tile))
+    if isinstance(form, AffineFormat):
+        form = replace(form, bits=stored_bits(form))
+        tile = 256 if form.bits == 2 else tile
+    elif form == PlainFormat(torch.float32):
+        return _layout_bytes(form, shape)
+    *lead, n, k = shape
+    return _layout_bytes(form, (*lead, n + -n % ROW_ALIGN, k + -k % tile))
 
 
-def _scheme_of(weight: Weight, recipe: Recipe) -> WeightScheme | None:
-    return next((scheme for role, scheme in recipe.schemes().items() if role == weight.role), None)
+def _placed(form: Format, shape: tuple[int, ...], device: str) -> int:
+    return packed_bytes(form, shape) if device == "cuda" else _layout_bytes(read_as(form), shape)
 
 
-def _layout_bytes(scheme: WeightScheme, shape: tuple[int, ...]) -> int:
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in format_of(scheme).layout(shape).values())
+def _layout_bytes(form: Format, shape: tuple[int, ...]) -> int:
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in form.layout(shape).values())
 
 
 def _activations(config: ModelConfig) -> int:
@@ -266,14 +261,19 @@ def check_fits(
     name: str,
     tied: bool | None = None,
     source_itemsize: int = 2,
+    formats: Formats | None = None,
+    files: int | None = None,
     device: str = "cpu",
 ) -> Forecast:
     """The forecast, if ``memory`` bytes, those that are free of a device, are enough for it.
 
-    Raises `DoesNotFitError` saying how much is needed, how much is there, and what would fit.
+    ``files``: the weights stay as these bytes of files store them. Raises `DoesNotFitError` saying how much is needed,
+    how much is there, and what would fit.
     """
     would = partial(forecast, config, tied=tied, source_itemsize=source_itemsize, device=device)
-    need = would(recipe, context)
+    need = forecast(config, recipe, context, tied=tied, source_itemsize=source_itemsize, formats=formats, device=device)
+    if files is not None:
+        need = replace(need, roles={"files": files})
     if need.needed <= memory:
         return need
     what = f"{name} at {recipe.name} with a context of {context} needs {human(need.needed)}"

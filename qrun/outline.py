@@ -64,8 +64,7 @@ def _of_alias(alias: Alias) -> Outline:
 def _of_directory(path: Path, name: str) -> Outline:
     checkpoint = Checkpoint.open(path)
     config = describe(checkpoint.config)
-    itemsize = max(checkpoint.dtype(tensor).itemsize for tensor in checkpoint.names())
-    return Outline(name=name, config=config, tied=_tied(config, HEAD in checkpoint), itemsize=itemsize)
+    return Outline(name=name, config=config, tied=_tied(config, HEAD in checkpoint), itemsize=checkpoint.itemsize)
 
 
 def _tied(config: ModelConfig, has_head: bool) -> bool:

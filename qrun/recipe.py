@@ -2,7 +2,7 @@
 
 Words to schemes and back. It knows no tensors, no models and no devices, and does not import torch.
 
-    quant   := alias | [W weight] [A activation] [C cache] | "mix:" part ("," part)*
+    quant   := auto | alias | [W weight] [A activation] [C cache] | "mix:" part ("," part)*
     weight  := bits [@channel | gN] [sym | asym] | bf16 | fp32 | 16 | 32 | fp8 | nf4 | fp4 | mxfp4 | nvfp4
     bits    := 2 … 8, optionally written int2 … int8
     part    := weight | role "=" weight | act "=" activation | kv "=" cache | k "=" cache | v "=" cache
@@ -13,6 +13,7 @@ Upper and lower case mean the same, and a missing part means 16. Where a word le
 - ``W8`` is one symmetric scale per output channel; the narrower integers have a zero point and a scale per 64 weights
   (``W2``: per 32), found by an error-minimising search; ``W8g64`` is symmetric.
 - ``@channel`` is FastDeploy's arithmetic to the letter: absmax scales, head and embedding left in BF16.
+- ``auto`` is BF16, but for weights that the checkpoint has quantized already: these stay as it stores them.
 - Head and embedding are int8 per channel beside integer and codebook weights, else as the weights; BF16 beside fp8.
 - In a mix, dense is the bare weight, else BF16; what else is not named follows dense by the rules above.
 """
@@ -51,11 +52,11 @@ _CACHES: Final[Mapping[str, CacheType]] = {
 _SHORT: Final[Mapping[str, str]] = {"bf16": "16", "fp32": "32", "int8": "8", "int4": "4"}
 
 _INT_TERM: Final = re.compile(r"(?:int)?(?P<bits>\d+)(?:@(?P<at>[a-z]*)|g(?P<group>\d*))?(?P<sym>a?sym)?")
-_WEIGHT: Final = rf"(?:bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
+_WEIGHT: Final = rf"(?:auto|bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
 _CODE: Final = re.compile(rf"w?(?P<w>{_WEIGHT})?(?:a(?P<a>[^c]*))?(?:c(?P<c>.*))?")
 
 POSSIBLE: Final = (
-    "bf16, wint8, wint4, wint2, W4g32, W4@channel, w8a8, fp8, nf4, fp4, mxfp4, nvfp4, fp32, "
+    "auto, bf16, wint8, wint4, wint2, W4g32, W4@channel, w8a8, fp8, nf4, fp4, mxfp4, nvfp4, fp32, "
     "any W…A…C… such as W4A16C8, or mix:experts=w4,dense=w8"
 )
 POSSIBLE_WEIGHTS: Final = "2 to 8 (with g32, g64, g128 or @channel), 16, 32, fp8, nf4, fp4, mxfp4, nvfp4"
@@ -114,6 +115,7 @@ class Recipe:
     activations: ActivationType = "16"
     k: CacheType = "bf16"
     v: CacheType = "bf16"
+    own: bool = False  # weights that the checkpoint quantizes stay as it stores them
 
     @classmethod
     def parse(cls, quant: str = "bf16", kv: str | None = None) -> Self:
@@ -136,7 +138,8 @@ class Recipe:
         weight, activation, cache = match.group("w", "a", "c")
         k, v = _parse_kv(cache, f"C{cache} in {name!r}") if cache is not None else ("bf16", "bf16")
         act = _lookup(_ACTIVATIONS, activation, f"A{activation} in {name!r}", POSSIBLE_ACTIVATIONS)
-        return cls(name, **_roles(weight or "16", name), activations=act, k=k, v=v)
+        own = weight == "auto"
+        return cls(name, **_roles("16" if own else weight or "16", name), activations=act, k=k, v=v, own=own)
 
     @classmethod
     def _parse_mix(cls, name: str) -> Self:
@@ -168,7 +171,8 @@ class Recipe:
                     v = _lookup(_CACHES, value, where, POSSIBLE_CACHES)
                 case _:
                     raise RecipeError(f"mix has no part {key!r} ({where}); possible: {', '.join(ROLES)}, act, kv, k, v")
-        return cls(name, **{**_following(roles.get("dense", BF16)), **roles}, activations=activations, k=k, v=v)
+        roles = {**_following(roles.get("dense", BF16)), **roles}
+        return cls(name, **roles, activations=activations, k=k, v=v, own=False)
 
     def with_kv(self, kv: str) -> Self:
         """The same weights and activations with another cache: ``int8``, ``fp8``, ``k8v4`` ….
@@ -188,6 +192,8 @@ class Recipe:
         """The shortest spelling that means this recipe, as ``W4A16C8`` or ``mix:…``; :meth:`parse` reads it back."""
         act = self.activations.removeprefix("int")
         cache = _kv_term(self.k, self.v)
+        if self.own:
+            return "auto" + (f"A{act}" if act != "16" else "") + (f"C{cache}" if cache != "16" else "")
         for term in (self.dense.term, f"{self.dense.bits}@channel"):
             text = f"W{term}A{act}C{cache}"
             if (self.dense.type == "int" or term == self.dense.term) and Recipe.parse(text) == self:

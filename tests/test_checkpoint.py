@@ -158,8 +158,8 @@ def test_bad_configs(tmp_path: Path, case: str) -> None:
 
 
 def test_quantized_checkpoints_are_named(tmp_path: Path) -> None:
-    single(tmp_path, config=CONFIG | {"quantization_config": {"quant_method": "gptq"}})
-    assert "gptq" in refused(tmp_path, UnsupportedModelError)
+    single(tmp_path, config=CONFIG | {"quantization_config": {"quant_method": "exl3"}})
+    assert "exl3" in refused(tmp_path, UnsupportedModelError)
     single(tmp_path, config=CONFIG | {"quantization_config": None})
     assert read_config(tmp_path)["model_type"] == "llama"
 

@@ -73,7 +73,7 @@ RIVALS = {
     ('wint8 = true\n[generate]\nquant = "nf4"', None, ""): "WNF4A16C16",
     ('quant = "nf4"\n[generate]\nwint8 = true', None, ""): "W8A16C16",
     ('quant = "nf4"\n[generate]\nwint8 = false', None, ""): "WNF4A16C16",
-    ("wint8 = true\n[generate]\nwint8 = false", None, ""): "W16A16C16",
+    ("wint8 = true\n[generate]\nwint8 = false", None, ""): "auto",
 }
 
 

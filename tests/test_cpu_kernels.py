@@ -18,7 +18,7 @@ from qrun.backends.base import (
 )
 from qrun.backends.cpu import CPUBackend
 from qrun.cache import KVCache
-from qrun.formats import QTensor, format_of, kv_format
+from qrun.formats import AffineFormat, PermutedFormat, QTensor, format_of, from_tensors, kv_format
 from qrun.kernels.cpu_pool import Program
 from qrun.recipe import Recipe, WeightScheme
 
@@ -32,9 +32,13 @@ SCHEMES = {
     "int4 g96": WeightScheme("int", 4, 96, False),
     "int4 channel": WeightScheme("int", 4, 0, True),
     "int2 g64": WeightScheme("int", 2, 64, False),
+    "int3 g64": WeightScheme("int", 3, 64, False),
+    "int3 channel": WeightScheme("int", 3, 0, True),
+    "int5 g32 sym": WeightScheme("int", 5, 32, True),
+    "int6 channel": WeightScheme("int", 6, 0, True),
+    "int7 g32": WeightScheme("int", 7, 32, False),
 }
 FALLBACKS = {
-    "int3 g64": WeightScheme("int", 3, 64, False),
     "fp8": WeightScheme("fp8", 8),
     "nf4": WeightScheme("nf4", 4),
     "nvfp4": WeightScheme("nvfp4", 4),
@@ -81,6 +85,72 @@ def test_linear(cpu: CPUBackend, plain: Backend, name: str, rows: int, columns: 
     for tokens in (1, 3, 8, 13, 101):
         x = torch.randn(tokens, columns)
         assert difference(cpu.linear(w, bias)(x), plain.linear(w, bias)(x)) < 2e-4
+
+
+OTHERS = {
+    "gptq": AffineFormat(4, 32, True, scale_dtype=torch.float16),
+    "awq": AffineFormat(4, 32, False, scale_dtype=torch.float16),
+    "gptq 3 bits": AffineFormat(3, 32, False, scale_dtype=torch.float16),
+    "8 bits": AffineFormat(8, 32, True, scale_dtype=torch.float16),
+    "float zeros": AffineFormat(4, 32, False, scale_dtype=torch.bfloat16, zero_dtype=torch.float16),
+    "minima": AffineFormat(4, 32, False, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True),
+    "2 bits": AffineFormat(2, 96, False, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True),
+}
+"""Formats that are only read from other tools' checkpoints."""
+
+
+def others(name: str, *shape: int) -> QTensor:
+    """A weight with random codes, scales and zeros."""
+    form = OTHERS[name]
+    made = {}
+    for part, (size, dtype) in form.layout(shape).items():
+        if part == "codes":
+            made[part] = torch.randint(0, 256, size, dtype=torch.uint8).view(dtype)
+        elif dtype == torch.uint8:
+            made[part] = torch.randint(0, 2**form.bits, size, dtype=torch.uint8)
+        else:
+            wide = 0.1 if form.minimum or part == "scale" else 2**form.bits
+            made[part] = (torch.rand(size) * wide).to(dtype)
+    return from_tensors(form, shape, made)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("rows", "columns"), [(7, 352), (130, 1056), (130, 64)])
+def test_weights_of_other_tools(cpu: CPUBackend, plain: Backend, name: str, rows: int, columns: int) -> None:
+    w = others(name, rows, columns)
+    for tokens in (1, 3, 8, 13, 101):
+        x = torch.randn(tokens, columns)
+        assert difference(cpu.linear(w, op="others")(x), plain.linear(w)(x)) < 2e-4
+    assert not any(binding.fallback for binding in cpu.bindings if binding.op == "others")
+
+
+@pytest.mark.parametrize("name", ["awq", "minima"])
+def test_experts_of_other_tools(cpu: CPUBackend, plain: Backend, name: str) -> None:
+    spec = MoESpec(top_k=2, normalise=True, norm_min=1e-12)
+    weights = MoEWeights(
+        norm=torch.rand(64) + 0.5,
+        router=torch.randn(4, 64),
+        gate_up=others(name, 4, 2 * 96, 64),
+        down=others(name, 4, 64, 96),
+    )
+    for tokens in (1, 3, 40):
+        x = torch.randn(tokens, 64)
+        found, wanted = (backend.moe_block(1e-5, spec, weights)(x) - x for backend in (cpu, plain))
+        assert difference(found, wanted) < 3e-4
+
+
+def test_columns_in_another_order(cpu: CPUBackend, plain: Backend) -> None:
+    """GPTQ's act-order: activations are put into the order of the codes."""
+    inner = weight(SCHEMES["int4 g64"], 70, 128)
+    order = torch.randperm(128).int()[None]
+    w = from_tensors(PermutedFormat(inner.format), inner.shape, {**inner.tensors(), "order": order})
+    full = torch.empty(70, 128)
+    full[:, order[0].long()] = inner.dequantize()
+    assert torch.equal(w.dequantize(), full)
+    for tokens in (1, 13):
+        x = torch.randn(tokens, 128)
+        assert difference(cpu.linear(w)(x), x @ full.t()) < 2e-4
+        assert difference(plain.linear(w)(x), x @ full.t()) < 2e-6
 
 
 @pytest.mark.parametrize("name", ["int8", "int4 g64"])
@@ -200,7 +270,7 @@ def test_head(cpu: CPUBackend, plain: Backend) -> None:
 
 
 def test_fallbacks_are_named(cpu: CPUBackend) -> None:
-    cpu.linear(weight(FALLBACKS["int3 g64"], 8, 64), op="named")
+    cpu.linear(weight(FALLBACKS["nf4"], 8, 64), op="named")
     cpu.linear(weight(SCHEMES["int4 g64"], 8, 64), op="named")
     assert [b.fallback for b in cpu.bindings if b.op == "named"] == [True, False]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qrun.formats import Fp8BlockFormat
+from qrun.formats import Fp8Format
 from qrun.formats.fp8 import fp8_scale, to_fp8
 
 
@@ -34,7 +34,7 @@ def test_conversion_is_to_nearest_even_and_saturates() -> None:
 def test_every_block_has_its_own_scale(n: int, k: int) -> None:
     torch.manual_seed(0)
     w = torch.randn(n, k) * torch.logspace(-3, 3, k)
-    q = Fp8BlockFormat().quantize(w)
+    q = Fp8Format().quantize(w)
     assert q.scale is not None
     for i in range(0, n, 128):
         for j in range(0, k, 128):
@@ -51,7 +51,7 @@ def test_every_block_has_its_own_scale(n: int, k: int) -> None:
 def test_zero_blocks_have_scale_one() -> None:
     w = torch.zeros(256, 128)
     w[200, 3] = -2.0
-    q = Fp8BlockFormat().quantize(w)
+    q = Fp8Format().quantize(w)
     assert q.scale is not None
     assert q.scale.flatten().tolist() == pytest.approx([1.0, 2 / 448])
     assert torch.equal(q.dequantize(), w)

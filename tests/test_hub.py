@@ -199,7 +199,7 @@ def test_nothing_large_is_fetched_before_it_fits(tmp_path: Path, hub: MemoryHub)
     ("config", "error"),
     [
         (TINY | {"model_type": "ernie4_5_moe_vl"}, UnsupportedModelError),
-        (TINY | {"quantization_config": {"quant_method": "awq"}}, UnsupportedModelError),
+        (TINY | {"quantization_config": {"quant_method": "exl3"}}, UnsupportedModelError),
         ({"model_type": "llama"}, UnsupportedModelError),
     ],
 )

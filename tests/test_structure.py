@@ -34,11 +34,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.tokenizer_files",
     ),
     ("qrun.formats",),
-    ("qrun.cache",),
+    ("qrun.cache", "qrun.readers"),
     ("qrun.backends", "qrun.doctor_kernels"),
     ("qrun.models",),
     (
         "qrun.checkpoint",
+        "qrun.assign",
         "qrun.store",
         "qrun.memory",
         "qrun.names",

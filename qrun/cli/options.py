@@ -150,7 +150,7 @@ class ModelOptions:
             asked.append(f"--quant {self.quant}")
         if len(asked) > 1:
             raise UsageError(f"{' and '.join(asked)} contradict each other: give one of them")
-        return names[0] if names else "bf16"
+        return names[0] if names else "auto"
 
     def recipe(self) -> Recipe:
         """Return the recipe the options ask for.
@@ -208,7 +208,7 @@ class ModelOptions:
 class SweepOptions(ModelOptions):
     """The same for a command that makes a table: `--quant` and `--kv` may be lists with commas."""
 
-    def recipes(self, default: str = "bf16") -> list[Recipe]:
+    def recipes(self, default: str = "auto") -> list[Recipe]:
         """Return the recipes to go through; the commas inside a `mix:` belong to it.
 
         Raises:
@@ -216,7 +216,7 @@ class SweepOptions(ModelOptions):
         """
         asked = self.precision()
         parts: list[str] = []
-        for part in (default if asked == "bf16" and self.quant is None else asked).split(","):
+        for part in (default if asked == "auto" and self.quant is None else asked).split(","):
             if parts and parts[-1].lower().startswith("mix:") and "=" in part and ":" not in part:
                 parts[-1] += f",{part}"
             else:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from qrun.formats.affine import AffineFormat
-from qrun.formats.base import Format, Layout, QTensor, Shape
+from qrun.formats.base import Format, Layout, QTensor, Shape, join_rows
 from qrun.formats.codebook import E2M1, NF4, CodebookFormat, MxFp4Format, NvFp4Format
-from qrun.formats.fp8 import Fp8BlockFormat
+from qrun.formats.fp8 import Fp8Format
 from qrun.formats.kv import KVFormat, hadamard32, kv_format
+from qrun.formats.permuted import PermutedFormat
 from qrun.formats.plain import PlainFormat
 from qrun.recipe import WeightScheme, WeightType
 
@@ -18,17 +19,19 @@ __all__ = [
     "AffineFormat",
     "CodebookFormat",
     "Format",
-    "Fp8BlockFormat",
+    "Fp8Format",
     "KVFormat",
     "Layout",
     "MxFp4Format",
     "NvFp4Format",
+    "PermutedFormat",
     "PlainFormat",
     "QTensor",
     "Shape",
     "format_of",
     "from_tensors",
     "hadamard32",
+    "join_rows",
     "kv_format",
 ]
 
@@ -36,7 +39,7 @@ _FORMATS: Final[Mapping[WeightType, Callable[[WeightScheme], Format]]] = {
     "bf16": lambda scheme: PlainFormat(torch.bfloat16),
     "fp32": lambda scheme: PlainFormat(torch.float32),
     "int": lambda scheme: AffineFormat(scheme.bits, scheme.group or 0, scheme.symmetric),
-    "fp8": lambda scheme: Fp8BlockFormat(),
+    "fp8": lambda scheme: Fp8Format(),
     "nf4": lambda scheme: CodebookFormat("nf4", NF4, 64),
     "fp4": lambda scheme: CodebookFormat("fp4", E2M1, 64),
     "mxfp4": lambda scheme: MxFp4Format(),

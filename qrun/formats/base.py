@@ -6,8 +6,9 @@ repack for themselves, and no recipes: :func:`qrun.formats.format_of` chooses th
 
 import itertools
 import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,7 @@ class QTensor:
     scale: Tensor | None = None
     zero: Tensor | None = None
     scale2: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def empty(cls, format: "Format", shape: Shape, device: torch.device | str = "cpu") -> Self:
@@ -49,7 +51,13 @@ class QTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that this format stores, by name: what goes to disk."""
-        every = {"codes": self.codes, "scale": self.scale, "zero": self.zero, "scale2": self.scale2}
+        every = {
+            "codes": self.codes,
+            "scale": self.scale,
+            "zero": self.zero,
+            "scale2": self.scale2,
+            "order": self.order,
+        }
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
     @property
@@ -99,6 +107,31 @@ class QTensor:
         """Rows ``index`` [...] of a weight [N, K], as fp32 [..., K], without expanding the others."""
         return self.format.rows(self, index)
 
+    def take_rows(self, index: Tensor) -> Self | None:
+        """A weight [N, K] of rows ``index`` [M] in their codes; none where these share scales in other ways."""
+        parts: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            some = self.format.take_rows(name, tensor, index)
+            if some is None:
+                return None
+            parts[name] = some
+        return replace(self, shape=(len(index), self.shape[-1]), **parts)
+
+
+def join_rows(weights: Sequence[QTensor]) -> QTensor | None:
+    """Weights [·, K] one under another in their codes; none where formats, or what their rows share, differ."""
+    first = weights[0]
+    if any(other.format != first.format or other.shape[-1] != first.shape[-1] for other in weights):
+        return None
+    parts: dict[str, Tensor] = {}
+    for name in first.tensors():
+        tensors = [weight.tensors()[name] for weight in weights]
+        joined = first.format.join_rows(name, tensors, [weight.shape[-2] for weight in weights])
+        if joined is None:
+            return None
+        parts[name] = joined
+    return replace(first, shape=(sum(weight.shape[-2] for weight in weights), first.shape[-1]), **parts)
+
 
 class Format(ABC):
     """One way to store numbers. Formats are frozen dataclasses: equal when they read the same bytes the same way.
@@ -109,8 +142,11 @@ class Format(ABC):
 
     family: ClassVar[str]
     """What backends bind their kernels to."""
-    row_align: ClassVar[int] = 1
-    """Rows are encoded in runs that begin at multiples of this, so that blocks of rows stay whole."""
+
+    @property
+    def row_align(self) -> int:
+        """Rows are encoded in runs that begin at multiples of this, so that blocks of rows stay whole."""
+        return 1
 
     @abstractmethod
     def layout(self, shape: Shape) -> Layout:
@@ -134,9 +170,38 @@ class Format(ABC):
         return {}
 
     def _rows_per(self, name: str) -> int:
-        """How many rows of the weight one row of the tensor ``name`` serves."""
+        """How many rows of the weight one row of the tensor ``name`` serves; sys.maxsize is all."""
         del name
         return 1
+
+    def take_rows(self, name: str, tensor: Tensor, index: Tensor) -> Tensor | None:
+        """A stored tensor of a weight whose rows ``index`` [M] were taken; none where blocks of rows would break up."""
+        per = self._rows_per(name)
+        if per == sys.maxsize:
+            return tensor
+        if per == 1:
+            return tensor.index_select(0, index)
+        blocks = index.div(per, rounding_mode="floor")
+        starts = blocks[::per]
+        if not torch.equal(starts.repeat_interleave(per)[: len(blocks)], blocks):
+            return None
+        return tensor.index_select(0, starts)
+
+    def join_rows(self, name: str, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor | None:
+        """A stored tensor of weights put one under another; none where their blocks do not meet at the seams."""
+        per = self._rows_per(name)
+        if per == sys.maxsize:
+            return tensors[0] if all(torch.equal(tensors[0], other) for other in tensors) else None
+        return torch.cat(list(tensors)) if all(count % per == 0 for count in rows[:-1]) else None
+
+    @property
+    def independent(self) -> "Format | None":
+        """A format of the same values in which rows share nothing, if there is one and this is not it."""
+        return None
+
+    def apart(self, q: QTensor) -> QTensor:
+        """The weight [N, K] in the format `independent`; itself where there is none."""
+        return q
 
     def quantize(self, w: Tensor) -> QTensor:
         """The nearest weight this format finds; deterministic, on ``w``'s device.
@@ -202,7 +267,8 @@ class Format(ABC):
         flat = index.reshape(-1)
         parts: dict[str, Tensor] = {}
         for name, tensor in q.tensors().items():
-            parts[name] = tensor.index_select(0, flat // self._rows_per(name))
+            per = self._rows_per(name)
+            parts[name] = tensor if per == sys.maxsize else tensor.index_select(0, flat // per)
         return self._decode(parts, q.shape[-1]).reshape(*index.shape, q.shape[-1])
 
     def bits_per_weight(self, shape: Shape) -> float:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar, Final
@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from qrun.formats.base import Format, Layout, Shape, columns_of_groups
+from qrun.formats.base import Format, Layout, QTensor, Shape, columns_of_groups
 from qrun.formats.fp8 import FP8_MAX, to_fp8
 from qrun.formats.packing import grouped, pack, unpack
 from qrun.formats.search import Start, reciprocal, search
@@ -32,15 +32,15 @@ _FINE: Final = 4096  # steps of the table with which the search snaps; final cod
 class CodebookFormat(Format):
     """w = values[code] · scale, with K padded to Kp, a multiple of the group.
 
-    codes: u8 [..., N, Kp/2], even k in the low nibble; padding decodes to 0. scale: BF16 [..., N, G].
+    codes: u8 [..., N, Kp/2], even k in the low nibble; padding decodes to 0. scale: ``scale_dtype`` [..., N, G].
     A number halfway between two values goes to the one with the even code.
     """
 
     family: ClassVar[str] = "codebook"
-    scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
     name: str
     values: tuple[float, ...]
     group: int
+    scale_dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         return f"{self.name} g{self.group}"
@@ -111,10 +111,10 @@ class MxFp4Format(CodebookFormat):
     does not, is taken where its error is smaller.
     """
 
-    scale_dtype: ClassVar[torch.dtype] = torch.uint8
     name: str = "mxfp4"
     values: tuple[float, ...] = E2M1
     group: int = 32
+    scale_dtype: torch.dtype = torch.uint8
 
     def _starts(self, absmax: Tensor) -> list[Tensor]:
         exponent = torch.frexp(absmax).exponent - 1  # floor(log2)
@@ -135,13 +135,15 @@ class MxFp4Format(CodebookFormat):
 class NvFp4Format(CodebookFormat):
     """NVFP4: FP4 in groups of 16; scale: e4m3fn [..., N, G], times scale2: FP32 [..., 1, 1], absmax/(6·448).
 
-    The largest value of a group is mapped to 6 or to 4, whichever has the smaller error.
+    The largest value of a group is mapped to 6 or to 4, whichever has the smaller error. With ``divides``, as some
+    checkpoints have it, scale2 is what the scales are divided by.
     """
 
-    scale_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
     name: str = "nvfp4"
     values: tuple[float, ...] = E2M1
     group: int = 16
+    scale_dtype: torch.dtype = torch.float8_e4m3fn
+    divides: bool = False
 
     def layout(self, shape: Shape) -> Layout:
         return {**super().layout(shape), "scale2": ((*shape[:-2], 1, 1), torch.float32)}
@@ -150,6 +152,8 @@ class NvFp4Format(CodebookFormat):
         return sys.maxsize if name == "scale2" else 1
 
     def _shared(self, amax: Tensor) -> dict[str, Tensor]:
+        if self.divides:
+            raise ValueError(f"{self!r} is read from checkpoints only")
         scale2 = amax / (max(self.values) * FP8_MAX)
         return {"scale2": torch.where(torch.isfinite(1 / scale2), scale2, 1.0).view(1, 1)}
 
@@ -159,8 +163,17 @@ class NvFp4Format(CodebookFormat):
     def _store(self, scale: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         return to_fp8(scale / shared["scale2"])
 
+    @property
+    def independent(self) -> Format | None:
+        return CodebookFormat(self.name, self.values, self.group, torch.float32)
+
+    def apart(self, q: QTensor) -> QTensor:
+        assert self.independent is not None, "scales by themselves are always possible"
+        return replace(q, format=self.independent, scale=self._load(q.tensors()), scale2=None)
+
     def _load(self, parts: Mapping[str, Tensor]) -> Tensor:
-        return parts["scale"].float() * parts["scale2"]
+        scale, scale2 = parts["scale"].float(), parts["scale2"]
+        return scale / scale2 if self.divides else scale * scale2
 
 
 @lru_cache

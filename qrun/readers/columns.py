@@ -1,0 +1,32 @@
+"""Columns of integer codes as formats store them: padded, packed, and in the order of their groups."""
+
+import torch
+from torch import Tensor
+
+from qrun.errors import CheckpointError
+from qrun.formats import AffineFormat
+from qrun.formats.packing import pack
+
+
+def fitted(codes: Tensor, form: AffineFormat, k: int) -> Tensor:
+    """u8 codes [N, K], 2^(bits−1) being zero where they are symmetric, as the format stores them."""
+    padding = form.padded(k) - k
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding), value=1 << (form.bits - 1) if form.symmetric else 0)
+    codes = codes.contiguous()
+    return (codes ^ 128).view(torch.int8) if form.signed else pack(codes, form.bits)
+
+
+def column_order(groups: Tensor, size: int, name: str) -> Tensor | None:
+    """Columns in the order of their groups [K], each of ``size`` columns, int64 [K]; none where they are in it.
+
+    Raises `CheckpointError`, naming the tensor, where a group has more or fewer columns.
+    """
+    groups = groups.long()
+    usual = torch.arange(len(groups)).div(size, rounding_mode="floor")
+    if torch.equal(groups, usual):
+        return None
+    order = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[order], usual):
+        raise CheckpointError(f"{name} does not put {size} columns into each group: fetch the model again")
+    return order
