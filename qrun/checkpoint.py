@@ -76,6 +76,11 @@ class Checkpoint:
         self._entry(name)
         return self.files[name].read(name)
 
+    def metadata(self, name: str) -> Mapping[str, str]:
+        """The notes in the file that holds a tensor."""
+        self._entry(name)
+        return self.files[name].metadata
+
     @cached_property
     def reader(self) -> Reader | None:
         """What reads the weights that are quantized already; none where the config knows of none."""

@@ -3,7 +3,8 @@
 Words to schemes and back. It knows no tensors, no models and no devices, and does not import torch.
 
     quant   := auto | alias | [W weight] [A activation] [C cache] | "mix:" part ("," part)*
-    weight  := bits [@channel | gN] [sym | asym] | bf16 | fp32 | 16 | 32 | fp8 | nf4 | fp4 | mxfp4 | nvfp4
+    weight  := bits [@channel | gN] [sym | asym] | bf16 | fp32 | 16 | 32 | fp8 | nf4 | fp4 | mxfp4 | nvfp4 |
+               trellis
     bits    := 2 … 8, optionally written int2 … int8
     part    := weight | role "=" weight | act "=" activation | kv "=" cache | k "=" cache | v "=" cache
     cache   := bf16 | fp32 | int8 | int4 | fp8 | 16 | 32 | 8 | 4 | "k" cache "v" cache
@@ -25,7 +26,7 @@ from typing import Final, Literal, Self, TypeAlias, TypeVar, cast, get_args
 
 from qrun.errors import RecipeError
 
-WeightType: TypeAlias = Literal["bf16", "fp32", "int", "fp8", "nf4", "fp4", "mxfp4", "nvfp4"]
+WeightType: TypeAlias = Literal["bf16", "fp32", "int", "fp8", "nf4", "fp4", "mxfp4", "nvfp4", "trellis"]
 ActivationType: TypeAlias = Literal["16", "32", "int8", "fp8"]
 CacheType: TypeAlias = Literal["bf16", "fp32", "int8", "int4", "fp8"]
 Role: TypeAlias = Literal["dense", "experts", "lm_head", "embedding"]
@@ -34,8 +35,12 @@ _T = TypeVar("_T", bound=str)
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 GROUPS: Final = (32, 64, 128)
 
-_BLOCKS: Final[Mapping[str, str]] = {"fp8": "128x128", "nf4": "g64", "fp4": "g64", "mxfp4": "g32", "nvfp4": "g16"}
-_NAMED_BITS: Final[Mapping[str, int]] = {"bf16": 16, "fp32": 32, "fp8": 8, "nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4}
+_BLOCKS: Final[Mapping[str, str]] = {
+    "fp8": "128x128", "nf4": "g64", "fp4": "g64", "mxfp4": "g32", "nvfp4": "g16", "trellis": "g32",
+}  # fmt: skip
+_NAMED_BITS: Final[Mapping[str, int]] = {
+    "bf16": 16, "fp32": 32, "fp8": 8, "nf4": 4, "fp4": 4, "mxfp4": 4, "nvfp4": 4, "trellis": 2,
+}  # fmt: skip
 _ALIASES: Final[Mapping[str, str]] = {
     "bf16": "w16",
     "fp32": "w32a32c32",
@@ -52,14 +57,14 @@ _CACHES: Final[Mapping[str, CacheType]] = {
 _SHORT: Final[Mapping[str, str]] = {"bf16": "16", "fp32": "32", "int8": "8", "int4": "4"}
 
 _INT_TERM: Final = re.compile(r"(?:int)?(?P<bits>\d+)(?:@(?P<at>[a-z]*)|g(?P<group>\d*))?(?P<sym>a?sym)?")
-_WEIGHT: Final = rf"(?:auto|bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
+_WEIGHT: Final = rf"(?:auto|bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|trellis|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
 _CODE: Final = re.compile(rf"w?(?P<w>{_WEIGHT})?(?:a(?P<a>[^c]*))?(?:c(?P<c>.*))?")
 
 POSSIBLE: Final = (
-    "auto, bf16, wint8, wint4, wint2, W4g32, W4@channel, w8a8, fp8, nf4, fp4, mxfp4, nvfp4, fp32, "
+    "auto, bf16, wint8, wint4, wint2, W4g32, W4@channel, w8a8, fp8, nf4, fp4, mxfp4, nvfp4, trellis, fp32, "
     "any W…A…C… such as W4A16C8, or mix:experts=w4,dense=w8"
 )
-POSSIBLE_WEIGHTS: Final = "2 to 8 (with g32, g64, g128 or @channel), 16, 32, fp8, nf4, fp4, mxfp4, nvfp4"
+POSSIBLE_WEIGHTS: Final = "2 to 8 (with g32, g64, g128 or @channel), 16, 32, fp8, nf4, fp4, mxfp4, nvfp4, trellis"
 POSSIBLE_ACTIVATIONS: Final = "16, 32, 8, fp8"
 POSSIBLE_CACHES: Final = "bf16, fp32, int8, int4, fp8, or K and V apart as in k8v4"
 

@@ -1,5 +1,6 @@
 """The GPU's kernel for a few tokens against plain matrix products of the dequantized weight, in every format."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from qrun.backends.cuda_matrix import pack, pack_stack, pad_bias, row_order
-from qrun.formats import QTensor, format_of
+from qrun.formats import AffineFormat, QTensor, format_of
 from qrun.kernels import reference_gemv
 from qrun.kernels.gpu_gemv import Config, Emit, Operand, Routed, Scratch, columns_for, gemv, scratch_size
 from qrun.kernels.gpu_packed import BITS, Kind, Packed, pack_planes, unpack_planes
@@ -22,6 +23,9 @@ SCHEMES = {
     "int8": WeightScheme("int", 8, 0),
     "int8 g64": WeightScheme("int", 8, 64),
     "int8 g32 asym": WeightScheme("int", 8, 32, False),
+    "int8 g32 f16": WeightScheme("int", 8, 32, False),
+    "int4 g64 f16": WeightScheme("int", 4, 64, False),
+    "int4 g32 sym f16": WeightScheme("int", 4, 32, True),
     "int6 g64": WeightScheme("int", 6, 64, False),
     "int5 channel": WeightScheme("int", 5, 0),
     "int4 g64": WeightScheme("int", 4, 64, False),
@@ -48,7 +52,11 @@ def seed() -> None:
 
 
 def quantized(name: str, *shape: int) -> QTensor:
-    return format_of(SCHEMES[name]).quantize(torch.randn(*shape) * 0.05).to(DEVICE)
+    made = format_of(SCHEMES[name]).quantize(torch.randn(*shape) * 0.05)
+    if name.endswith(" f16"):  # as other tools' checkpoints have their scales
+        assert isinstance(made.format, AffineFormat) and made.scale is not None
+        made = replace(made, format=replace(made.format, scale_dtype=torch.float16), scale=made.scale.half())
+    return made.to(DEVICE)
 
 
 def packed(weight: QTensor, half: torch.dtype, *, paired: bool = False) -> Packed:

@@ -20,6 +20,7 @@ QUANTS = (
     ("nf4", "4-bit weights on a normal-distribution codebook"),
     ("mxfp4", "4-bit floating point, one power-of-two scale per 32"),
     ("nvfp4", "4-bit floating point, one fp8 scale per 16"),
+    ("trellis", "2 bits each, 64 values by the neighbours' bits"),
 )
 KV_FORMATS = (
     ("bf16", "16-bit cache"),

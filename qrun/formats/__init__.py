@@ -13,6 +13,7 @@ from qrun.formats.fp8 import Fp8Format
 from qrun.formats.kv import KVFormat, hadamard32, kv_format
 from qrun.formats.permuted import PermutedFormat
 from qrun.formats.plain import PlainFormat
+from qrun.formats.trellis import TrellisFormat
 from qrun.recipe import WeightScheme, WeightType
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PlainFormat",
     "QTensor",
     "Shape",
+    "TrellisFormat",
     "format_of",
     "from_tensors",
     "hadamard32",
@@ -44,6 +46,7 @@ _FORMATS: Final[Mapping[WeightType, Callable[[WeightScheme], Format]]] = {
     "fp4": lambda scheme: CodebookFormat("fp4", E2M1, 64),
     "mxfp4": lambda scheme: MxFp4Format(),
     "nvfp4": lambda scheme: NvFp4Format(),
+    "trellis": lambda scheme: TrellisFormat(),
 }
 
 

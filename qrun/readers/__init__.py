@@ -9,7 +9,9 @@ from qrun.readers.bitsandbytes import BitsAndBytesReader
 from qrun.readers.compressed_tensors import CompressedTensorsReader
 from qrun.readers.fp8 import Fp8Reader
 from qrun.readers.gptq import GPTQReader
+from qrun.readers.hqq import HQQReader
 from qrun.readers.modelopt import ModelOptReader
+from qrun.readers.torchao import TorchAOReader
 
 __all__ = ["METHODS", "Reader", "Tensors", "open_reader", "quantization"]
 
@@ -20,6 +22,9 @@ METHODS: Final[Mapping[str, Callable[[Tensors, Mapping[str, Any]], Reader]]] = {
     "fp8": Fp8Reader,
     "bitsandbytes": BitsAndBytesReader,
     "modelopt": ModelOptReader,
+    "hqq": HQQReader,
+    "torchao": TorchAOReader,
+    "auto-round": GPTQReader,
 }
 """``quant_method`` -> its reader."""
 _KEYS: Final = ("quantization_config", "compression_config")

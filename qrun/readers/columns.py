@@ -17,6 +17,14 @@ def fitted(codes: Tensor, form: AffineFormat, k: int) -> Tensor:
     return (codes ^ 128).view(torch.int8) if form.signed else pack(codes, form.bits)
 
 
+def signed_codes(codes: Tensor, bits: int, name: str) -> Tensor:
+    """int8 codes as u8, 2^(bits−1) being zero. Raises `CheckpointError`, naming the weight, for one that is too large."""
+    counted = codes.to(torch.int16) + (1 << (bits - 1))
+    if bits < 8 and bool(((counted < 0) | (counted >= 1 << bits)).any()):
+        raise CheckpointError(f"{name} has codes of more than {bits} bits: fetch the model again")
+    return counted.to(torch.uint8)
+
+
 def column_order(groups: Tensor, size: int, name: str) -> Tensor | None:
     """Columns in the order of their groups [K], each of ``size`` columns, int64 [K]; none where they are in it.
 

@@ -2,7 +2,7 @@
 
 pack-quantized       weight_packed int32 [N, ⌈K·b/32⌉] of q + 2^(b−1), a little-endian stream (before 0.17, 3, 5, 6 and 7
                      bits did not cross words); weight_zero_point likewise, packed along N
-int-, naive-, float-quantized   weight int8 or e4m3 [N, K]
+int-, naive-, float-, mxfp8-quantized   weight int8 or e4m3 [N, K]
 nvfp4-pack-quantized weight_packed u8 [N, K/2], weight_scale e4m3 [N, K/16] divided by weight_global_scale
 mxfp4-pack-quantized weight_packed u8 [N, K/2], weight_scale E8M0 u8 [N, K/32]
 
@@ -29,13 +29,13 @@ from qrun.formats import (
 )
 from qrun.formats.packing import unpack
 from qrun.readers.base import FLOATS, Reader, Tensors, mapping, refuse, setting, strings
-from qrun.readers.columns import column_order, fitted
+from qrun.readers.columns import column_order, fitted, signed_codes
 from qrun.readers.fp8 import e4m3, e4m3_format
 from qrun.readers.gptq import matches
 
 KNOWN: Final = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "dense",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "dense",
 )  # fmt: skip
 _ENDS = (
     ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_global_scale",
@@ -96,7 +96,7 @@ class CompressedTensorsReader(Reader):
         if module + ".weight_packed" in self.tensors:
             return self._ordered(module, self._packed(module, shape, group), shape)
         if self.tensors.dtype(module + ".weight") == torch.int8:
-            return self._ordered(module, self._int8(module, shape), shape)
+            return self._ordered(module, self._int8(module, shape, group), shape)
         self.expect(module + ".weight", shape, torch.float8_e4m3fn)
         return e4m3_format(self, module + ".weight_scale", shape, self._block(group))
 
@@ -120,7 +120,7 @@ class CompressedTensorsReader(Reader):
         if name in self.tensors:
             codes = _codes(self.tensors.read(name), bits, k)
         else:
-            codes = self.tensors.read(module + ".weight").view(torch.uint8) ^ 128
+            codes = signed_codes(self.tensors.read(module + ".weight"), bits, module)
         if order is not None:
             codes = codes[:, order]
         groups = inner.layout(shape)["scale"][0]
@@ -131,7 +131,7 @@ class CompressedTensorsReader(Reader):
             if zero.dtype == torch.int32:
                 zero = _codes(zero.t().contiguous(), bits, n).t()
             else:
-                zero = (zero.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+                zero = signed_codes(zero, bits, module + ".weight_zero_point")
             parts["zero"] = zero.reshape(-1, zero.shape[-1]).expand(groups).contiguous()
         if order is not None:
             parts["order"] = order[None].int()
@@ -149,9 +149,12 @@ class CompressedTensorsReader(Reader):
                 raise CheckpointError(f"{module}.weight_shape is not [{n}, {k}]: fetch the model again")
         return self._integers(module, shape, bits)
 
-    def _int8(self, module: str, shape: Shape) -> AffineFormat:
+    def _int8(self, module: str, shape: Shape, group: Mapping[str, Any]) -> AffineFormat:
         self.expect(module + ".weight", shape, torch.int8)
-        return self._integers(module, shape, 8)
+        bits = setting(mapping(group.get("weights")), "num_bits", int, 8)
+        if not 2 <= bits <= 8:
+            raise refuse(f"{module} has compressed-tensors codes of {bits} bits")
+        return self._integers(module, shape, bits)
 
     def _integers(self, module: str, shape: Shape, bits: int) -> AffineFormat:
         """By the shape of the scales: one in all or a row, or one a group."""

@@ -65,6 +65,9 @@ def e4m3_format(reader: Reader, name: str, shape: Shape, block: tuple[int, int] 
         reader.expect(name, (-(-n // block[0]), -(-k // block[1])), *types)
         return Fp8Format(*block)
     found = reader.tensors.shape(name) if name in reader.tensors else (1,)
+    if len(found) == 2 and found[0] == n and 1 < found[1] < k and k % found[1] == 0:
+        reader.expect(name, found, *types)
+        return Fp8Format(1, k // found[1])
     if found not in ((), (1,), (1, 1), (n,), (n, 1)):
         reader.expect(name, (n, 1), *types)
     reader.expect(name, found, *types)
