@@ -28,6 +28,7 @@ SCHEMES = [
     WeightScheme("fp4", 4),
     WeightScheme("mxfp4", 4),
     WeightScheme("nvfp4", 4),
+    WeightScheme("trellis", 2),
 ]
 SHAPES = [(1, 1), (3, 5), (1, 64), (130, 257), (2, 3, 129), (2, 2, 5, 100)]
 every_format = pytest.mark.parametrize("format", [format_of(scheme) for scheme in SCHEMES], ids=str)

@@ -137,7 +137,7 @@ def fit(
         console.warn(text)
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--memory") -> int:
     """Return the bytes that `text` names: `16GB` (powers of 1000), `24GiB` (powers of 1024), `640m`.
 
     Raises:
@@ -145,7 +145,7 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if match is None or match[2] not in UNITS or float(match[1]) == 0:
-        raise UsageError(f"--memory {text!r} is not a size: give one like 16GB or 24GiB")
+        raise UsageError(f"{option} {text!r} is not a size: give one like 16GB or 24GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 

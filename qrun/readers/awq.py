@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from qrun.formats import AffineFormat, Format, QTensor, Shape, from_tensors
-from qrun.formats.packing import pack, unpack
 from qrun.readers.base import FLOATS, Reader, Tensors, refuse
 
 _ENDS = (".qweight", ".qzeros", ".scales")
 _PLACE: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of each row of eight."""
+_ROWS: Final = ([0, 4, 1, 5], [2, 6, 3, 7])
+"""The rows at the places 0, 2, 4, 6, and those at 1, 3, 5, 7."""
+_LOW: Final = 0x0F0F0F0F
 
 
 class AWQReader(Reader):
@@ -50,13 +52,21 @@ class AWQReader(Reader):
         return AffineFormat(4, group, scale_dtype=self.tensors.dtype(module + ".scales"))
 
     def read(self, module: str, shape: Shape) -> QTensor:
-        codes = pack(self._rows(module + ".qweight"), 4)
+        form = self.format(module, shape)
+        words = self.tensors.read(module + ".qweight").t().contiguous()  # [N/8, K]
+        zeros = self.tensors.read(module + ".qzeros").t()
+        zero = torch.stack([(zeros >> (4 * place)) & 15 for place in _PLACE], 1).to(torch.uint8)
         scale = self.tensors.read(module + ".scales").t().contiguous()
-        zero = self._rows(module + ".qzeros")
-        return from_tensors(self.format(module, shape), shape, {"codes": codes, "scale": scale, "zero": zero})
+        parts = {"codes": _packed(words), "scale": scale, "zero": zero.flatten(0, 1)}
+        return from_tensors(form, shape, parts)
 
-    def _rows(self, name: str) -> Tensor:
-        """u8 [N, columns] of a tensor int32 [columns, N/8]."""
-        nibbles = unpack(self.tensors.read(name).contiguous().view(torch.uint8), 4)
-        eights = nibbles.view(nibbles.shape[0], -1, 8)[:, :, list(_PLACE)]
-        return eights.flatten(1).t().contiguous()
+
+def _packed(words: Tensor) -> Tensor:
+    """u8 [N, K/2], even k in the low nibble, from words [N/8, K] of eight rows each."""
+    even, odd = words[:, ::2], words[:, 1::2]
+    # Of each pair of columns, the nibbles at even places and those at odd ones: four bytes each, the rows of _ROWS.
+    halves = (even & _LOW) | (odd & _LOW) << 4, (even >> 4) & _LOW | (odd & ~_LOW)
+    out = torch.empty(words.shape[0], 8, even.shape[1], dtype=torch.uint8)
+    for half, rows in zip(halves, _ROWS, strict=True):
+        out[:, rows] = half.contiguous().view(torch.uint8).view(*half.shape, 4).transpose(1, 2)
+    return out.flatten(0, 1)
