@@ -31,6 +31,10 @@ class GPTQReader(Reader):
         # gptqmodel takes one off whole words, with a borrow from field to field, but for 3 bits.
         self._by_words = self._add == 1 and "gptqmodel" in repr(mapping(config.get("meta")).get("quantizer"))
         self._dynamic = mapping(self.config.get("dynamic"))
+        self._extra = mapping(self.config.get("extra_config"))
+        packing = self.setting("packing_format", str, "auto_gptq")
+        if packing.removeprefix("auto_round:") not in ("auto_gptq", "auto_round"):
+            raise refuse(f"quant_method {config.get('quant_method')!r} with packing_format {packing!r}")
 
     def holds(self, module: str) -> bool:
         return module + ".qweight" in self.tensors
@@ -81,8 +85,11 @@ class GPTQReader(Reader):
         return form, self._order(module, k, group)
 
     def _settings(self, module: str) -> tuple[int, int]:
-        """Bits and group size; ``dynamic`` has others for the modules that its patterns match."""
+        """Bits and group size; ``dynamic`` and ``extra_config`` have others for modules that they name or match."""
         bits, group = self.setting("bits", int), self.setting("group_size", int, -1)
+        other = self._extra.get(module) or next((v for p, v in self._extra.items() if matches(p, module)), None)
+        if other is not None:
+            return setting(mapping(other), "bits", int, bits), setting(mapping(other), "group_size", int, group)
         for pattern, values in self._dynamic.items():
             if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), module):
                 other = mapping(values)
