@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qrun.formats import AffineFormat, PlainFormat, QTensor
+from qrun.backends.cpu_codes import codes_of
+from qrun.formats import PlainFormat, QTensor
 from qrun.formats.widened import readable
 from qrun.kernels import cpu_few, cpu_gemm, cpu_gemm_plain, cpu_gemv, cpu_moe, cpu_norm, cpu_plain, cpu_tile
 from qrun.kernels.cpu_pool import FIRST, Array, Program, aligned
@@ -58,6 +59,7 @@ class Matrix(ABC):
         self.workspace = workspace
         self.rows, self.columns = weight.shape[-2:]
         self.bias = None if bias is None else bias.float().contiguous()
+        self.zeros = weight.zero
 
     @abstractmethod
     def feed(self, program: Program, x: object, norm: Tensor | None = None, eps: float = 0.0) -> int:
@@ -98,7 +100,7 @@ class Matrix(ABC):
 
     def choose(self, program: Program, multiply: int, expert: int) -> None:
         """Point a `multiply_many` row at one expert of a stack."""
-        for index, tensor in ((0, self.weight.codes), (3, self.weight.scale), (4, self.weight.zero)):
+        for index, tensor in ((0, self.weight.codes), (3, self.weight.scale), (4, self.zeros)):
             if tensor is not None:
                 place = tensor.data_ptr() + expert * tensor.stride(0) * tensor.element_size()
                 program.words[multiply, [FIRST + index, FIRST + IN_PLACE + index]] = place
@@ -118,41 +120,33 @@ class Slots:
 
 
 class IntegerMatrix(Matrix):
-    """Int2, int4 and int8 codes against activations in byte planes."""
+    """Int2, int4, int8 and trellis codes against activations in byte planes."""
 
     def __init__(self, weight: QTensor, bias: Tensor | None, activations: str, workspace: Workspace) -> None:
         super().__init__(weight, bias, workspace)
-        form = weight.format
-        assert isinstance(form, AffineFormat)
-        self.form = form
-        self.per = 8 // form.bits
+        codes = codes_of(weight)
+        assert codes is not None, "asked for after `takes`"
+        self.codes, self.zeros = codes, codes.zeros
+        self.per = codes.per
         self.limit = LIMITS[activations]
         self.row = weight.codes.shape[-1]
         self.blocks = -(-self.row // 64)
-        self.groups = form.padded(self.columns) // form.group if form.group else 1
-        self.scales = cpu_gemv.ROW
-        if form.group:
-            self.scales = cpu_gemv.GROUP if form.ours else cpu_gemv.WIDE
-        self.kernel = f"numba int{form.bits}×{'int8' if self.limit == 127 else 'int16'} dot"
+        self.kernel = f"numba {codes.name}×{'int8' if self.limit == 127 else 'int16'} dot"
         self.full = padded(self.blocks * 64 * self.per, cpu_gemv.SPAN)
-        self.group = form.group or self.full
+        self.group = codes.group or self.full
         self.spans = self.full // cpu_gemv.SPAN
-        self.sums = padded(max(self.groups, self.full // self.group + 1), 16)
-        self.lanes = cpu_gemv.lane_groups(self.per, form.group) if form.group else None
+        self.sums = padded(max(codes.groups, self.full // self.group + 1), 16)
         planes = 1 if self.limit == 127 else 2
-        self.many = cpu_gemm.affine(self.per, self.scales, planes)
-        self.few = cpu_few.grouped(self.per, self.scales) if form.group else cpu_few.affine(self.per, planes)
-        self.up_to = cpu_few.FEW_GROUPED if form.group else cpu_few.FEW
-        self.run = 16 * form.group // (64 * self.per)
+        self.many = cpu_gemm.affine(self.per, codes.scales, planes)
+        self.few = cpu_few.grouped(self.per, codes.scales) if codes.group else cpu_few.affine(self.per, planes)
+        self.up_to = cpu_few.FEW_GROUPED if codes.group else cpu_few.FEW
+        self.run = 16 * codes.group // (64 * self.per)
         # Rows not a power of two apart, or all of a tile's tokens would fall into the same cache sets.
         self.stride = 2 * self.full + 128
 
     @staticmethod
     def takes(weight: QTensor, activations: str) -> bool:
-        form = weight.format
-        return (
-            isinstance(form, AffineFormat) and form.bits in (2, 4, 8) and form.group % 32 == 0 and activations in LIMITS
-        )
+        return activations in LIMITS and codes_of(weight) is not None
 
     def feed(self, program: Program, x: object, norm: Tensor | None = None, eps: float = 0.0) -> int:
         self._planes = aligned(2 * self.full, np.int8)
@@ -164,21 +158,19 @@ class IntegerMatrix(Matrix):
         )  # fmt: skip
 
     def multiply(self, program: Program, out: object, *, residual: object = None, pairs: Array | None = None) -> Slots:
-        form, weight = self.form, self.weight
+        codes, weight = self.codes, self.weight
         row = program.add(
-            cpu_gemv.affine(self.per, self.scales), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
-            float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
-            128 if form.signed else 0, self.run, self.rows if pairs is None else self.rows // 2, out, self.bias,
-            residual, pairs,
+            cpu_gemv.affine(self.per, codes.scales), weight.codes, self.row, self.blocks, weight.scale, codes.zeros,
+            codes.zero, self._planes, self._scales, self._sums, codes.groups, codes.lanes, codes.flip, self.run,
+            self.rows if pairs is None else self.rows // 2, out, self.bias, residual, pairs,
         )  # fmt: skip
         return Slots(program.words[row], 14, 16)
 
     def multiply_experts(self, program: Program, kind: Callable[[int, int], int]) -> int:
-        form, weight = self.form, self.weight
+        codes, weight = self.codes, self.weight
         return program.add(
-            kind(self.per, self.scales), weight.codes, self.row, self.blocks, weight.scale, weight.zero,
-            float(2 ** (form.bits - 1)), self._planes, self._scales, self._sums, self.groups, self.lanes,
-            128 if form.signed else 0, self.run,
+            kind(self.per, codes.scales), weight.codes, self.row, self.blocks, weight.scale, codes.zeros,
+            codes.zero, self._planes, self._scales, self._sums, codes.groups, codes.lanes, codes.flip, self.run,
         )  # fmt: skip
 
     def feed_slots(self, program: Program, x: object, stride: int, count: int) -> tuple[int, int, int]:
@@ -201,17 +193,17 @@ class IntegerMatrix(Matrix):
         )  # fmt: skip
 
     def multiply_many(self, program: Program, *, pairs: bool = False) -> int:
-        form, weight = self.form, self.weight
+        codes, weight = self.codes, self.weight
         row = program.add(
-            self.many, weight.codes, self.row, self.blocks, weight.scale, weight.zero, float(2 ** (form.bits - 1)),
-            0, self.stride, 0, 4 * self.spans, 0, 4 * self.sums, self.groups, self.group, 128 if form.signed else 0,
+            self.many, weight.codes, self.row, self.blocks, weight.scale, codes.zeros, codes.zero,
+            0, self.stride, 0, 4 * self.spans, 0, 4 * self.sums, codes.groups, self.group, codes.flip,
             self.rows // 2 if pairs else self.rows, 0, 0, 0, self.bias, 0, int(pairs),
         )  # fmt: skip
-        size = padded(cpu_gemm.scratch_size(self.blocks, self.per, self.groups), 64)
+        size = padded(cpu_gemm.scratch_size(self.blocks, self.per, codes.groups), 64)
         program.put(row, 22, self.workspace("tiles", self.workspace.threads * size))
         program.put(row, 23, size)
         program.put(row, 24, math.gcd(self.group, 64 * self.per))
-        for index, value in {9: self.groups, 10: self.lanes, 11: 128 if form.signed else 0, 12: self.run}.items():
+        for index, value in {9: codes.groups, 10: codes.lanes, 11: codes.flip, 12: self.run}.items():
             program.put(row, IN_PLACE + index, value)
         for index in range(6):
             program.words[row, FIRST + IN_PLACE + index] = program.words[row, FIRST + index]

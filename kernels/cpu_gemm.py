@@ -9,7 +9,8 @@ from functools import cache
 
 import numpy as np
 
-from qrun.kernels.cpu_gemv import GROUP, ROW, SPAN, WIDE, block
+from qrun.kernels import cpu_trellis
+from qrun.kernels.cpu_gemv import GROUP, ROW, SPAN, TRELLIS, WIDE, block
 from qrun.kernels.cpu_pool import arg, arg_f32, inline, kernel, more, take
 from qrun.kernels.cpu_simd import (
     and_bytes,
@@ -19,6 +20,7 @@ from qrun.kernels.cpu_simd import (
     get_bf16,
     get_f32,
     get_u8,
+    load_bytes,
     load_f32,
     prefetch,
     set_f32,
@@ -44,6 +46,8 @@ from qrun.kernels.cpu_tile import (
     zero_ints,
 )
 
+TABLE = 36
+"""Where a trellis' table is: among the arguments of `cpu_gemv`, which follow."""
 BATCH = 96  # tokens whose sums stay in the cache: a multiple of TOKENS
 _f32 = np.float32
 
@@ -91,7 +95,7 @@ def finish(sums, tokens, first, count, out, stride, bias, residual, pairs):
 
 
 @inline
-def _unpack(per, a, first, packed, temp):
+def _unpack(per, scales, a, first, packed, temp):
     codes, row, blocks, flip = arg(a, 0), arg(a, 1), arg(a, 2), arg(a, 14)
     count, pairs = arg(a, 15), arg(a, 21)
     mask = splat_bytes((1 << (8 // per)) - 1)
@@ -102,7 +106,9 @@ def _unpack(per, a, first, packed, temp):
                     source = codes + source_row(corner + c, first, count, pairs) * row + 64 * t
                     prefetch(source + 16 * row)
                     w = block(source, row - 64 * t)
-                    if per == 1:
+                    if scales == TRELLIS:
+                        w = cpu_trellis.plane(source, row - 64 * t, j, load_bytes(arg(a, TABLE)))
+                    elif per == 1:
                         w = xor_bytes(w, splat_bytes(flip))
                     else:
                         w = and_bytes(shr_bytes(w, (8 // per) * j), mask)
@@ -125,6 +131,10 @@ def _scales(scales, a, first, scale, minus):
                     set_f32(minus + at, -get_f32(zeros + 4 * (row * groups + g)))
                 else:
                     set_f32(minus + at, -s * arg_f32(a, 5))
+            elif scales == TRELLIS:
+                s = cpu_trellis.step(a, row, g) * get_bf16(zeros + 2 * row)
+                set_f32(scale + at, s)
+                set_f32(minus + at, -s * arg_f32(a, 5))
             elif scales == GROUP:
                 s = get_bf16(arg(a, 3) + 2 * (row * groups + g))
                 z = _f32(get_u8(zeros + row * groups + g)) if zeros != 0 else arg_f32(a, 5)
@@ -207,7 +217,7 @@ def affine(per: int, scales: int, planes: int) -> int:
         step = WIDTH // 2 if pairs != 0 else WIDTH
         first = take(a, job, count, step)
         while first < count:
-            _unpack(per, a, first, packed, temp)
+            _unpack(per, scales, a, first, packed, temp)
             _scales(scales, a, first, scale, minus)
             for s0 in range(0, total, BATCH):
                 tokens = min(BATCH, total - s0)

@@ -14,6 +14,7 @@ from functools import cache
 
 import numpy as np
 
+from qrun.kernels import cpu_trellis
 from qrun.kernels.cpu_pool import arg, arg_f32, inline, kernel, more, take
 from qrun.kernels.cpu_simd import (
     and_bytes,
@@ -47,8 +48,9 @@ from qrun.kernels.cpu_simd import (
 SPAN = 256  # activations that share a scale
 CHUNK = 32  # rows a thread takes at a time
 AHEAD = 1024  # bytes between what is prefetched and what is used
-ROW, GROUP, WIDE = 0, 1, 2
-"""What scales there are: float32 of rows; bf16 of groups, with zeros u8; float32 of groups, with minima float32."""
+ROW, GROUP, WIDE, TRELLIS = 0, 1, 2, 3
+"""What scales there are: float32 of rows; bf16 of groups, with zeros u8; float32 of groups, with minima float32; and
+those of `cpu_trellis`, whose codes are looked up besides."""
 _f32 = np.float32
 
 
@@ -208,7 +210,10 @@ def rows(per, scales, a, planes, spans, sums, first, n, stop, last, out):
     for i in range(n, stop, 4):
         n0, n1 = first + min(i, last), first + min(i + 1, last)
         n2, n3 = first + min(i + 2, last), first + min(i + 3, last)
-        _four(per, scales, a, planes, spans, sums, n0, n1, n2, n3, out + 4 * i)
+        if scales == TRELLIS:
+            cpu_trellis.four(a, planes, spans, sums, n0, n1, n2, n3, out + 4 * i)
+        else:
+            _four(per, scales, a, planes, spans, sums, n0, n1, n2, n3, out + 4 * i)
     if scales == ROW:
         scale = arg(a, 3) + 4 * first
         zero = splat(arg_f32(a, 5) * get_f32(sums))
@@ -218,7 +223,7 @@ def rows(per, scales, a, planes, spans, sums, first, n, stop, last, out):
 
 @cache
 def affine(per: int, scales: int) -> int:
-    """The kernel's address for codes of 8 / `per` bits; scales are ROW, GROUP or WIDE.
+    """The kernel's address for codes of 8 / `per` bits; scales are ROW, GROUP, WIDE or TRELLIS.
 
     Arguments: 0 codes, 1 bytes a row, 2 blocks, 3 scales, 4 zeros or minima or none, 5 zero (float) where there is no
     table, 6 planes, 7 their scales, 8 group sums of x, 9 groups, 10 lane_groups, 11 bytes' xor (128 for signed codes),

@@ -16,8 +16,10 @@ from qrun.checkpoint import Checkpoint
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, StrictError, UsageError
 from qrun.free import in_use, release
+from qrun.gguf_checkpoint import open_checkpoint
 from qrun.loader import Loader, Progress, is_tied
 from qrun.models import describe
+from qrun.readers import quantization
 from qrun.recipe import ActivationType, Recipe
 from qrun.runcard import RunCard
 from qrun.store import WeightStore
@@ -95,7 +97,7 @@ def _load(
         offline=offline,
         progress=report,
     )
-    checkpoint = Checkpoint.open(found.path)
+    checkpoint = open_checkpoint(found.path)
     config = describe(checkpoint.config)
     if context is not None and (context < -1 or context == 0 or context > config.positions):
         raise UsageError(f"context is {context}: this model takes 1 to {config.positions}")
@@ -148,7 +150,7 @@ def _settled(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str]:
     reader = checkpoint.reader
     if reader is None:
         return (replace(recipe, name="bf16", own=False) if recipe.own else recipe), ""
-    method = checkpoint.config["quantization_config"]["quant_method"]
+    method = quantization(checkpoint.config)["quant_method"]
     if not recipe.own:
         return recipe, f"quantized again, from {method}'s codes: without --quant they are used as they are"
     if recipe.activations == "16" and reader.activations != "16":

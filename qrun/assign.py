@@ -7,6 +7,7 @@ import torch
 
 from qrun.checkpoint import Checkpoint
 from qrun.formats import AffineFormat, Format, PermutedFormat, PlainFormat, QTensor, format_of, join_rows
+from qrun.formats.widened import as_common, common
 from qrun.models.plan import Source, Weight
 from qrun.recipe import Recipe
 
@@ -49,7 +50,10 @@ def stored(checkpoint: Checkpoint, part: Sequence[Source], form: Format) -> QTen
     found: list[QTensor] = []
     for source in part:
         held = checkpoint.packed(source.name, source.shape)
-        held = held if held.format == form else held.format.apart(held)
+        if held.format != form and isinstance(form, AffineFormat) and form.minimum:
+            held = as_common(held, form)
+        elif held.format != form:
+            held = held.format.apart(held)
         turned = held.take_rows(halves(torch.arange(source.shape[0]), source.pairs)) if source.pairs else held
         if turned is None or turned.format != form:
             return None
@@ -73,7 +77,7 @@ def _format(checkpoint: Checkpoint, part: Sequence[Source]) -> Format | None:
         return None
     first = formats[0]
     if first is None or any(form != first for form in formats):
-        return WIDE
+        return common([form for form in formats if form is not None]) or WIDE if None not in formats else WIDE
     if len(part) == 1 and not part[0].pairs:
         return first
     alone = first.row_align == 1 and len({repr(checkpoint.shared(source.name)) for source in part}) == 1

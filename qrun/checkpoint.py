@@ -61,6 +61,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
+    def has(self, name: str) -> bool:
+        """Whether there is a weight of this name, as a tensor or quantized in others."""
+        return len(self.sources(name)) > 1 or name in self
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
@@ -190,9 +194,7 @@ def has_all_weights(path: Path) -> bool:
 
 def _require_directory(path: Path) -> None:
     if path.suffix.lower() == ".gguf":
-        raise UnsupportedModelError(
-            f"{path} is a GGUF file, which this release cannot load: give a safetensors directory"
-        )
+        raise UnsupportedModelError(f"{path} is a GGUF file, which cannot be used here: give a safetensors directory")
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give the directory that holds it with its config.json")
     if not path.is_dir():
@@ -218,7 +220,7 @@ def _read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
 def _other_kind(path: Path) -> str:
     """What a directory without safetensors holds instead, as the end of a sentence; empty if nothing known."""
     if any(path.glob("*.gguf")):
-        return ", only GGUF, which this release cannot load: give a safetensors directory"
+        return ", but GGUF files: give one of them by its name"
     pickles = [file.name for pattern in PICKLES for file in path.glob(pattern)]
     if pickles:
         return (

@@ -19,11 +19,11 @@ from torch import Tensor
 from qrun.api import load
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, UsageError
+from qrun.gguf_tokenizer import open_tokenizer
 from qrun.loader import Progress
 from qrun.memory import available, human
 from qrun.recipe import Recipe
 from qrun.runcard import RunCard
-from qrun.tokenizer import Tokenizer
 
 HELD_OUT: Final = "heldout.txt"
 """A text that lies beside a model's weights and was no part of its training; the embedded model has one."""
@@ -73,6 +73,7 @@ def evaluate(
     text: str | Path | None = None,
     *,
     reference: str | Recipe = "bf16",
+    against: str | Path | None = None,
     window: int = WINDOW,
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -82,6 +83,8 @@ def evaluate(
 
     Args:
         kvs: cache formats for every recipe; None is the recipe's own.
+        against: the model whose predictions at ``reference`` count, as the one that ``model`` was quantized from; by
+            default the model itself.
         text: the text itself as a string, or the path of a UTF-8 file; by default the held-out text of the model, or
             of the embedded one.
         window: tokens a window, up to the model's positions; windows do not overlap, and the first token of each is not
@@ -93,7 +96,7 @@ def evaluate(
         QrunError: whatever loading raises; UsageError for a missing, unreadable or too short text; DoesNotFitError for
             more caches of this window than there is memory for.
     """
-    return list(_evaluate(model, quants, kvs, text, reference, window, max_tokens, progress, options))
+    return list(_evaluate(model, quants, kvs, text, reference, against, window, max_tokens, progress, options))
 
 
 def _evaluate(
@@ -102,6 +105,7 @@ def _evaluate(
     kvs: Sequence[str | None],
     text: str | Path | None,
     reference: str | Recipe,
+    against: str | Path | None,
     window: int,
     max_tokens: int | None,
     progress: Progress | None,
@@ -112,11 +116,16 @@ def _evaluate(
     say: Progress = progress or (lambda what, done, total: None)
     base_recipe, recipes = _recipe(reference), [_recipe(quant) for quant in quants]
     options["context"] = window
-    base = load(model, quant=base_recipe, progress=progress, **options)
+    base = load(model if against is None else against, quant=base_recipe, progress=progress, **options)
     name, ids = _read(base, text)
     windows = _windows(ids[:max_tokens], window)
     for recipe in recipes:
-        same = recipe.schemes() == base_recipe.schemes() and recipe.activations == base_recipe.activations
+        same = (
+            against is None
+            and not recipe.own
+            and recipe.schemes() == base_recipe.schemes()
+            and recipe.activations == base_recipe.activations
+        )
         names = [f"k{recipe.k}v{recipe.v}" if kv is None else kv for kv in kvs]
         # Held by no variable of this frame, so that it is gone before the next one is loaded.
         found = _compare(
@@ -137,6 +146,12 @@ def _compare(
 ) -> "list[tuple[RunCard, _Score]]":
     """Run all of them over the windows side by side, and score each against the first."""
     scores = [_Score(len(windows[0])) for _ in engines]
+    for engine in engines:
+        if engine.config.vocab != base.config.vocab:
+            raise UsageError(
+                f"{engine.card.model} has a vocabulary of {engine.config.vocab}, {base.card.model} one of "
+                f"{base.config.vocab}: compare models of one tokenizer"
+            )
     done, total = 0, sum(map(len, windows))
     for ids in windows:
         start = 0
@@ -184,7 +199,7 @@ def _read(engine: Engine, text: str | Path | None) -> tuple[str, list[int]]:
             text = text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {text}: {error}; give a UTF-8 text file") from error
-    return name, Tokenizer.from_dir(engine.source, vocab_size=engine.config.vocab).encode(text)
+    return name, open_tokenizer(engine.source, vocab_size=engine.config.vocab).encode(text)
 
 
 def _windows(ids: Sequence[int], window: int) -> list[Sequence[int]]:

@@ -97,9 +97,14 @@ def fit(outline: Outline, recipes: Sequence[Recipe], contexts: Sequence[int], pl
     rooms = list(dict.fromkeys(positions if room < 0 else min(room, positions) for room in contexts))
     rows: list[FitRow] = []
     for recipe in recipes:
+        if recipe.own and not outline.quantized and len(recipes) > 1:
+            continue  # the same as BF16
         need = forecast(
-            outline.config, recipe, tied=outline.tied, source_itemsize=outline.itemsize, device=place.device
-        )
+            outline.config, recipe, tied=outline.tied, source_itemsize=outline.itemsize, device=place.device,
+            formats=outline.stored if recipe.own else None,
+        )  # fmt: skip
+        if recipe.own and outline.files is not None:
+            need = replace(need, roles={"files": outline.files})
         rows += [_row(outline.name, recipe, replace(need, context=room), positions, place) for room in rooms]
     for good in ([row for row in rows if row.spares], [row for row in rows if row.fits]):
         if good:

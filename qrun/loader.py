@@ -41,7 +41,7 @@ class Loaded:
 
 def is_tied(config: ModelConfig, checkpoint: Checkpoint) -> bool:
     """Whether the head is the embedding. The config's word counts; where it has none, presence of lm_head decides."""
-    present = "lm_head.weight" in checkpoint
+    present = checkpoint.has("lm_head.weight")
     if config.tied is False and not present:
         raise CheckpointError(
             f"{checkpoint.path} has no lm_head.weight, yet config.json says tie_word_embeddings is false: "
@@ -80,11 +80,13 @@ def _is_spare(name: str, checkpoint: Checkpoint) -> bool:
 
 
 class Loader:
-    """One load. ``formats`` are the recipe's by default; ``stored`` gives weights quantized by an earlier load, ``writer`` keeps this one's."""
+    """One load. ``formats`` are the recipe's by default; ``stored`` gives weights quantized by an earlier load,
+    ``writer`` keeps this one's."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe, backend: Backend, *,
-        formats: Formats | None = None, stored: StoredWeights | None = None, writer: WeightWriter | None = None, progress: Progress | None = None,
+        formats: Formats | None = None, stored: StoredWeights | None = None, writer: WeightWriter | None = None,
+        progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.config = config
@@ -126,7 +128,9 @@ class Loader:
         table = packed["embed"]
         head = table if tied else packed["lm_head"]
         # A head left in BF16 beside quantized layers keeps 16-bit activations too.
-        left_alone = isinstance(head.format, PlainFormat) and self.recipe.lm_head != self.recipe.dense
+        left_alone = isinstance(head.format, PlainFormat) and (
+            self.recipe.own or self.recipe.lm_head != self.recipe.dense
+        )
         decoder = Decoder(
             embed=backend.embedding(table),
             layers=layers,

@@ -5,21 +5,25 @@ Weights are never fetched: of a repository on the hub come its config and the he
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from qrun.aliases import ALIASES, Alias, family
-from qrun.checkpoint import INDEX, INDEX_LIMIT, SINGLE, Checkpoint, has_all_weights, read_config
+from qrun.assign import Formats, by_checkpoint
+from qrun.checkpoint import INDEX, INDEX_LIMIT, SINGLE, has_all_weights, read_config
 from qrun.errors import CheckpointError, ModelNotFoundError
+from qrun.gguf_checkpoint import open_checkpoint
 from qrun.hub import EMBEDDED, HubClient, HuggingFace, is_offline
 from qrun.models import describe
 from qrun.models.config import ModelConfig
 from qrun.names import ELSE, Name, local_path, resolve
+from qrun.readers import quantization
 from qrun.recipe import Recipe
 from qrun.tensorfile import DTYPES, load_json
 
 HEAD: Final = "lm_head.weight"
+HEAD_PARTS: Final = (HEAD, "lm_head.qweight", "lm_head.W_q", "lm_head._weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,15 @@ class Outline:
     config: ModelConfig
     tied: bool | None
     itemsize: int = 2
+    stored: Formats | None = None
+    """The formats of a checkpoint that is quantized already."""
+    files: int | None = None
+    """Bytes of one of which no more is known than that it is quantized."""
     note: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        return self.stored is not None or self.files is not None
 
 
 def outlines(name: str, *, offline: bool = False, client: HubClient | None = None) -> list[Outline]:
@@ -62,9 +74,12 @@ def _of_alias(alias: Alias) -> Outline:
 
 
 def _of_directory(path: Path, name: str) -> Outline:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     config = describe(checkpoint.config)
-    return Outline(name=name, config=config, tied=_tied(config, HEAD in checkpoint), itemsize=checkpoint.itemsize)
+    stored = by_checkpoint(checkpoint, Recipe.parse("auto")) if checkpoint.reader is not None else None
+    return Outline(
+        name=name, config=config, tied=_tied(config, checkpoint.has(HEAD)), itemsize=checkpoint.itemsize, stored=stored
+    )
 
 
 def _tied(config: ModelConfig, has_head: bool) -> bool:
@@ -87,7 +102,7 @@ def _cached(meant: Name, client: HubClient, note: str = "") -> Outline:
     path = client.file(meant.repo, "config.json", meant.revision or "main", offline=True).parent
     if has_all_weights(path):
         found = _of_directory(path, meant.label)
-        return Outline(name=meant.label, config=found.config, tied=found.tied, itemsize=found.itemsize, note=note)
+        return replace(found, note=note)
     config = describe(read_config(path))
     return Outline(name=meant.label, config=config, tied=config.tied, note=note)
 
@@ -97,7 +112,8 @@ def _asked(meant: Name, client: HubClient) -> Outline:
     sizes = {name: size for name, size in client.sizes(repo, revision).items() if "/" not in name}
     if "config.json" not in sizes:
         raise CheckpointError(f"{repo} has no config.json: choose a transformers-style repository, {ELSE}")
-    config = describe(read_config(client.file(repo, "config.json", revision).parent))
+    said = read_config(client.file(repo, "config.json", revision).parent)
+    config = describe(said)
     shards = sorted(name for name in sizes if name.endswith(".safetensors") and not name.startswith("consolidated"))
     if not shards:
         raise CheckpointError(f"{repo} has no safetensors weights: choose a repository that has, {ELSE}")
@@ -112,7 +128,8 @@ def _asked(meant: Name, client: HubClient) -> Outline:
     return Outline(
         name=meant.label,
         config=config,
-        tied=_tied(config, HEAD in (names or header)),
+        tied=_tied(config, any(name.startswith(HEAD_PARTS) for name in (names or header))),
         itemsize=max(kinds, default=2),
+        files=sum(sizes[name] for name in shards) if quantization(said) else None,
         note=meant.note,
     )

@@ -57,7 +57,8 @@ _CACHES: Final[Mapping[str, CacheType]] = {
 _SHORT: Final[Mapping[str, str]] = {"bf16": "16", "fp32": "32", "int8": "8", "int4": "4"}
 
 _INT_TERM: Final = re.compile(r"(?:int)?(?P<bits>\d+)(?:@(?P<at>[a-z]*)|g(?P<group>\d*))?(?P<sym>a?sym)?")
-_WEIGHT: Final = rf"(?:auto|bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|trellis|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
+_NAMES: Final = "auto|bf16|fp32|fp8|nf4|fp4|mxfp4|nvfp4|trellis"
+_WEIGHT: Final = rf"(?:{_NAMES}|{re.sub(r'[?]P<[a-z]+>', '?:', _INT_TERM.pattern)})"
 _CODE: Final = re.compile(rf"w?(?P<w>{_WEIGHT})?(?:a(?P<a>[^c]*))?(?:c(?P<c>.*))?")
 
 POSSIBLE: Final = (
@@ -217,7 +218,7 @@ class Recipe:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should hear before trusting this recipe; empty for the usual ones."""
-        narrow = sorted({str(s) for s in self.schemes().values() if s.type == "int" and s.bits < 4})
+        narrow = sorted({str(s) for s in self.schemes().values() if s.bits < 4})
         if not narrow:
             return ()
         return (f"{', '.join(narrow)}: rounding without calibration data costs much quality below 4 bits",)

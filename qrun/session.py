@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qrun.errors import ContextOverflowError, UsageError
+from qrun.gguf_tokenizer import open_tokenizer
 from qrun.question import Prepared, Question, prepared, together
 from qrun.recall import Recall
 from qrun.reply import Prompt, Reply, TokenEngine
@@ -50,7 +51,7 @@ class Session:
         UsageError, TokenizerError: an argument, or the checkpoint's tokenizer, cannot be used.
         """
         self.engine = engine
-        self.tokenizer = tokenizer or Tokenizer.from_dir(engine.source, vocab_size=engine.config.vocab)
+        self.tokenizer = tokenizer or open_tokenizer(engine.source, vocab_size=engine.config.vocab)
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -22,7 +22,7 @@ sys.modules.setdefault("tools", ModuleType("tools")).__path__ = [str(ROOT / "too
 
 from tools import command_docs  # noqa: E402
 
-ORDER = ["chat", "generate", "fit", "bench", "eval", "doctor", "info", "cache", "config"]
+ORDER = ["chat", "generate", "fit", "bench", "eval", "quantize", "doctor", "info", "cache", "config"]
 
 
 def every(group: TyperGroup, path: str = "qrun") -> Iterator[tuple[str, TyperCommand | TyperGroup]]:

@@ -32,16 +32,19 @@ SCHEMES = {
     "int4 g96": WeightScheme("int", 4, 96, False),
     "int4 channel": WeightScheme("int", 4, 0, True),
     "int2 g64": WeightScheme("int", 2, 64, False),
+    "trellis": WeightScheme("trellis", 2),
     "int3 g64": WeightScheme("int", 3, 64, False),
     "int3 channel": WeightScheme("int", 3, 0, True),
     "int5 g32 sym": WeightScheme("int", 5, 32, True),
     "int6 channel": WeightScheme("int", 6, 0, True),
     "int7 g32": WeightScheme("int", 7, 32, False),
+    "fp4": WeightScheme("fp4", 4),
+    "mxfp4": WeightScheme("mxfp4", 4),
+    "nvfp4": WeightScheme("nvfp4", 4),
 }
 FALLBACKS = {
     "fp8": WeightScheme("fp8", 8),
     "nf4": WeightScheme("nf4", 4),
-    "nvfp4": WeightScheme("nvfp4", 4),
 }
 
 
@@ -94,6 +97,8 @@ OTHERS = {
     "8 bits": AffineFormat(8, 32, True, scale_dtype=torch.float16),
     "float zeros": AffineFormat(4, 32, False, scale_dtype=torch.bfloat16, zero_dtype=torch.float16),
     "minima": AffineFormat(4, 32, False, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True),
+    "groups of 16": AffineFormat(8, 16, False, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True),
+    "symmetric groups of 16": AffineFormat(6, 16, True, scale_dtype=torch.float32),
     "2 bits": AffineFormat(2, 96, False, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True),
 }
 """Formats that are only read from other tools' checkpoints."""

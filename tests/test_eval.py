@@ -142,3 +142,12 @@ def test_windows_longer_than_the_model_or_the_memory(folder: Path, monkeypatch: 
     monkeypatch.setattr(qrun.eval, "available", lambda: 10_000)
     with pytest.raises(DoesNotFitError, match=r"2 caches of 24 tokens need .* fewer formats with --kv"):
         rows_of(folder, ["bf16"], ["bf16", "int8"])
+
+
+def test_another_model_can_be_the_measure() -> None:
+    """The same weights under another name: as without it."""
+    options = {"window": 64, "max_tokens": 256, "device": "cpu", "cache": False}
+    itself = evaluate(None, ["wint4"], **options)
+    other = evaluate(None, ["wint4", "bf16"], against="spark", **options)
+    assert other[0].kl_mean == pytest.approx(itself[0].kl_mean, rel=1e-6)
+    assert other[1].kl_mean == pytest.approx(0.0, abs=1e-6)

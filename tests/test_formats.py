@@ -172,7 +172,7 @@ def test_an_outlier_spoils_only_its_group(format: Format) -> None:
     assert values[1, 5] == pytest.approx(3000, rel=0.26)  # MXFP4 may clip by a quarter
     if str(format) not in ("fp8 128x128", "nvfp4 g16"):  # their scales reach over rows
         assert torch.equal(values[[0, 2]], plain[[0, 2]])
-        if "channel" not in str(format):
+        if "channel" not in str(format) and not str(format).startswith("trellis"):  # a row's, in part or whole
             assert torch.equal(values[1, 128:], plain[1, 128:])
 
 

@@ -25,6 +25,7 @@ from qrun.backends.cuda_space import EXPANDED
 from qrun.engine import Engine
 from qrun.errors import DoesNotFitError, ModelNotFoundError
 from qrun.formats import format_of, kv_format
+from qrun.formats.widened import readable
 from qrun.free import in_use, release
 from qrun.memory import (
     GPU_CHUNK,
@@ -85,7 +86,7 @@ def test_weights_are_exact(quant: str) -> None:
     for weight in plan(TINY, tied=False):
         for role, scheme in recipe.schemes().items():
             if role == weight.role:
-                made[role] += format_of(scheme).quantize(torch.randn(weight.shape).bfloat16()).nbytes
+                made[role] += readable(format_of(scheme).quantize(torch.randn(weight.shape).bfloat16())).nbytes
         if weight.role == "kept":
             made["kept"] += torch.empty(weight.shape).nbytes
     need = forecast(TINY, recipe)

@@ -46,6 +46,7 @@ def spelled(recipe: Recipe) -> str:
         ("fp4", "fp4 g64 | fp4 g64 | int8 channel | int8 channel | 16 | bf16 | bf16"),
         ("mxfp4", "mxfp4 g32 | mxfp4 g32 | int8 channel | int8 channel | 16 | bf16 | bf16"),
         ("nvfp4", "nvfp4 g16 | nvfp4 g16 | int8 channel | int8 channel | 16 | bf16 | bf16"),
+        ("trellis", "trellis g32 | trellis g32 | int8 channel | int8 channel | 16 | bf16 | bf16"),
         ("C8", "bf16 | bf16 | bf16 | bf16 | 16 | int8 | int8"),
         ("W4A16Ck8v4", "int4 g64 | int4 g64 | int8 channel | int8 channel | 16 | int8 | int4"),
         ("mix:experts=w4,dense=w8", "int8 channel | int4 g64 | int8 channel | int8 channel | 16 | bf16 | bf16"),
@@ -106,7 +107,8 @@ def test_label_is_short_and_reads_back(quant: str, label: str) -> None:
 
 
 def test_every_combination_reads_back() -> None:
-    for weight in ("2", "3", "4", "5", "6", "7", "8", "16", "32", "fp8", "NF4", "fp4", "mxfp4", "nvfp4", "4@channel"):
+    named = "fp8", "NF4", "fp4", "mxfp4", "nvfp4", "trellis", "4@channel"
+    for weight in ("2", "3", "4", "5", "6", "7", "8", "16", "32", *named):
         for activation in ("16", "32", "8", "fp8"):
             for cache in ("16", "32", "8", "4", "fp8", "k8v4"):
                 recipe = Recipe.parse(f"W{weight}A{activation}C{cache}")

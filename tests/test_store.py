@@ -67,7 +67,9 @@ def leftovers(store: WeightStore) -> list[str]:
     return [place.name for place in store.root.glob(".tmp-*")]
 
 
-@pytest.mark.parametrize("quant", ["wint4", "wint8", "W3", "fp8", "nf4", "mxfp4", "nvfp4", "mix:experts=w4,dense=fp8"])
+@pytest.mark.parametrize(
+    "quant", ["wint4", "wint8", "W3", "fp8", "nf4", "mxfp4", "nvfp4", "trellis", "mix:experts=w4,dense=fp8"]
+)
 def test_every_format_comes_back(store: WeightStore, checkpoint: Checkpoint, quant: str) -> None:
     recipe = Recipe.parse(quant)
     assert store.open(checkpoint, recipe) is None

@@ -32,6 +32,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.template",
         "qrun.template_worker",
         "qrun.tokenizer_files",
+        "qrun.gguf_file",
+        "qrun.gguf_names",
+        "qrun.gguf_model",
     ),
     ("qrun.formats",),
     ("qrun.cache", "qrun.readers"),
@@ -50,10 +53,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.bandwidth",
         "qrun.doctor_devices",
         "qrun.snapshot",
+        "qrun.gguf_checkpoint",
     ),
-    ("qrun.sampler", "qrun.logprobs", "qrun.tokenizer", "qrun.grammar", "qrun.transcript"),
+    ("qrun.sampler", "qrun.logprobs", "qrun.tokenizer", "qrun.grammar", "qrun.transcript", "qrun.gguf_tokenizer"),
     ("qrun.loader",),
-    ("qrun.engine", "qrun.generation", "qrun.batch"),
+    ("qrun.engine", "qrun.generation", "qrun.batch", "qrun.quantize"),
     ("qrun.api", "qrun.contender"),
     (
         "qrun.reply",
@@ -79,6 +83,7 @@ CONFINED = {
     "prompt_toolkit": "qrun.cli",
     "llguidance": "qrun.grammar",
     "matplotlib": "qrun.plot",
+    "gguf": "qrun.readers.gguf",
 }
 NEVER = ("click", "transformers", "tests", "tools", "benchmarks", "backends", "kernels")
 

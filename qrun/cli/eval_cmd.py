@@ -36,6 +36,14 @@ def evaluate(
     reference: Annotated[
         str, typer.Option("--reference", metavar="RECIPE", help="What the recipes are compared with.")
     ] = "bf16",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="Compare with another model, as the one that this was quantized from.",
+        ),
+    ] = None,
     window: Annotated[
         int,
         typer.Option(
@@ -64,11 +72,13 @@ def evaluate(
 ) -> None:
     """Measure quality: the perplexity of a text, and the KL divergence from the unquantized model, per recipe.
 
+    A checkpoint that is quantized already is compared with the one it was made from by --against.
+
     Example:  qrun eval ernie:0.3b --quant wint8,wint4,nf4 --kv bf16,int4 --text book.txt
     """
     console = Console(quiet=sweep.quiet)
     sweep.check()
-    recipes, kvs = sweep.recipes(RECIPES), sweep.kvs()
+    recipes, kvs = sweep.recipes(RECIPES if against is None else "auto"), sweep.kvs()
     if window < 2:
         raise UsageError(f"--window {window} is too small: give 2 or more")
     if max_tokens is not None and max_tokens < 2:
@@ -88,6 +98,7 @@ def evaluate(
             kvs,
             text,
             reference=reference,
+            against=against,
             window=window,
             max_tokens=max_tokens,
             progress=waiting.update,

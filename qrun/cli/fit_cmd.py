@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 HEADER = ("", "model", "recipe", "kv", "context", "weights", "cache", "loading", "needed", "fits", "most context")
 LEFT = 4
-RECIPES = "bf16,wint8,wint4,wint2"
+RECIPES = "auto,bf16,wint8,wint4,wint2"
+"""``auto`` only counts where a model is quantized already."""
 """What is tried when nothing is asked for, the best first."""
 FIRST_CONTEXT = "4096"
 CONTEXTS = f"{FIRST_CONTEXT},32k,max"
@@ -154,7 +155,7 @@ def command(row: "FitRow", sweep: FitOptions) -> str:
     words = ["qrun", "chat", row.model]
     if row.recipe in SUGAR:
         words.append(f"--{row.recipe}")
-    elif row.recipe != "bf16":
+    elif row.recipe not in ("auto", "bf16"):
         words += ["--quant", row.recipe]
     if sweep.kv is not None:
         words += ["--kv", row.kv]

@@ -31,6 +31,7 @@ from qrun.cli.fit_cmd import fit
 from qrun.cli.generate import generate
 from qrun.cli.helptext import Command, Group
 from qrun.cli.info_cmd import info
+from qrun.cli.quantize_cmd import quantize
 from qrun.cli.sanitize import one_line
 from qrun.cli.spread import origin, with_options
 from qrun.cli.two_words import TwoWords
@@ -70,6 +71,7 @@ command()(with_options(fit))
 command()(with_options(bench))
 command("bench compare")(with_options(compare))
 command("eval")(with_options(evaluate))
+command()(with_options(quantize))
 command()(with_options(doctor))
 command()(with_options(info))
 app.add_typer(cache_cmd.app, name="cache", cls=Group)

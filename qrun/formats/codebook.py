@@ -61,6 +61,10 @@ class CodebookFormat(Format):
             "scale": ((*lead, kp // self.group), self.scale_dtype),
         }
 
+    def scales(self, q: QTensor) -> Tensor:
+        """The scale of each group, fp32 [..., N, G]."""
+        return self._load(q.tensors())
+
     def _starts(self, absmax: Tensor) -> list[Tensor]:
         """Scales [M] to try, not yet rounded."""
         top = max(self.values)

@@ -4,6 +4,8 @@ So with 4 bits the even code is the low nibble, with 2 bits the first of four co
 straddle bytes. Knows neither scales nor shapes.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         for i in range(1, 8 // bits):
             packed |= lanes[..., i] << (i * bits)
         return packed
-    shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-    words = (grouped(codes, 8).long() << shifts).sum(-1)  # eight codes fill exactly `bits` bytes
-    spread = torch.arange(0, 8 * bits, 8, device=codes.device)
-    return ((words[..., None] >> spread) & 0xFF).to(torch.uint8).flatten(-2)
+    lanes = grouped(codes, 8).unbind(-1)  # eight codes fill exactly `bits` bytes
+    filled: list[Tensor] = []
+    for byte in range(bits):
+        shifts = [i * bits - 8 * byte for i in range(8)]
+        parts = [lane << s if s >= 0 else lane >> -s for lane, s in zip(lanes, shifts, strict=True) if -bits < s < 8]
+        filled.append(reduce(torch.bitwise_or, parts))
+    return torch.stack(filled, -1).flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -40,7 +45,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         for i in range(1, 8 // bits):
             spread = spread | word << (i * (8 - bits))
         return (spread & (mask * (0x0101 if bits == 4 else 0x01010101))).view(torch.uint8)
-    spread = torch.arange(0, 8 * bits, 8, device=packed.device)
-    words = (grouped(packed, bits).long() << spread).sum(-1)
-    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
-    return ((words[..., None] >> shifts) & mask).to(torch.uint8).flatten(-2)
+    stored = grouped(packed, bits).unbind(-1)
+    lanes: list[Tensor] = []
+    for first in range(0, 8 * bits, bits):
+        byte, shift = divmod(first, 8)
+        lane = stored[byte] >> shift
+        lanes.append((lane | stored[byte + 1] << (8 - shift) if shift + bits > 8 else lane) & mask)
+    return torch.stack(lanes, -1).flatten(-2)

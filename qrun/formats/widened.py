@@ -1,12 +1,16 @@
 """Weights in integer formats that no kernel reads, as equal ones in a format that some do. Knows no kernels."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from qrun.formats.affine import AffineFormat
 from qrun.formats.base import Format, QTensor
+from qrun.formats.codebook import CodebookFormat, MxFp4Format
 from qrun.formats.packing import pack, unpack
+from qrun.formats.superblock import SuperBlockFormat
 
 LANES = (2, 4, 8)
 """Bits of the codes that the kernels take apart."""
@@ -15,6 +19,10 @@ LANES = (2, 4, 8)
 def readable(weight: QTensor) -> QTensor:
     """The same weight with integer codes of 2, 4 or 8 bits, and with the scales and minima of another tool's checkpoint
     in float32; itself where it is so already, or is not integers."""
+    if isinstance(weight.format, SuperBlockFormat):
+        weight = weight.format.widen(weight)
+    elif isinstance(weight.format, CodebookFormat):
+        weight = _integers(weight, weight.format)
     form = weight.format
     if not isinstance(form, AffineFormat):
         return weight
@@ -25,6 +33,10 @@ def readable(weight: QTensor) -> QTensor:
 
 def read_as(form: Format) -> Format:
     """The format that `readable` gives weights of this one."""
+    if isinstance(form, SuperBlockFormat):
+        form = form.wide
+    elif isinstance(form, CodebookFormat):
+        form = _integral(form)
     if not isinstance(form, AffineFormat):
         return form
     form = replace(form, bits=stored_bits(form))
@@ -38,6 +50,33 @@ def read_as(form: Format) -> Format:
 def stored_bits(form: AffineFormat) -> int:
     """Bits a code of the format takes here."""
     return next(bits for bits in LANES if bits >= form.bits)
+
+
+def _factor(form: CodebookFormat) -> int:
+    """What makes the values whole numbers of a byte; 0 if nothing small does."""
+    for factor in (1, 2):
+        if all((factor * value).is_integer() and abs(factor * value) < 128 for value in form.values):
+            return factor
+    return 0
+
+
+def _integral(form: CodebookFormat) -> Format:
+    """8-bit integers for a codebook of such, or of halves, else the format itself."""
+    if not _factor(form):
+        return form
+    halved = torch.bfloat16 if isinstance(form, MxFp4Format) else form.scale_dtype
+    return AffineFormat(8, form.group, True, scale_dtype=halved if halved.itemsize > 1 else torch.float32)
+
+
+def _integers(weight: QTensor, form: CodebookFormat) -> QTensor:
+    whole = _integral(form)
+    if not isinstance(whole, AffineFormat):
+        return weight
+    factor = _factor(form)
+    values = (factor * form.codebook(weight.device)).to(torch.int8)
+    scale = form.scales(weight) / factor  # exact: a power of two
+    codes = values[unpack(weight.codes, 4).int()]
+    return replace(weight, format=whole, codes=codes, scale=scale.to(whole.scale_dtype), scale2=None)
 
 
 def _wider(weight: QTensor, form: AffineFormat) -> QTensor:
@@ -64,3 +103,35 @@ def _float(weight: QTensor, form: AffineFormat) -> QTensor:
     minimum = zero.float() if form.minimum else scale * zero.float()
     wide = replace(wide, zero_dtype=torch.float32, minimum=True)
     return replace(weight, format=wide, scale=scale, zero=minimum)
+
+
+def common(forms: Sequence[Format]) -> AffineFormat | None:
+    """A format that holds weights of each of these as they are, if all are integers; large, for it serves them all."""
+    wide = [form.wide if isinstance(form, SuperBlockFormat) else form for form in forms]
+    if not all(isinstance(form, AffineFormat) for form in wide):
+        return None
+    integers = [form for form in wide if isinstance(form, AffineFormat)]
+    group = math.gcd(*(form.group or 32 for form in integers))
+    bits = max(stored_bits(form) for form in integers)
+    return AffineFormat(bits, group, scale_dtype=torch.float32, zero_dtype=torch.float32, minimum=True)
+
+
+def as_common(weight: QTensor, form: AffineFormat) -> QTensor:
+    """A weight [N, K] of integers in a format that `common` gave for its own and others."""
+    if isinstance(weight.format, SuperBlockFormat):
+        weight = weight.format.widen(weight)
+    own, scale = weight.format, weight.scale
+    assert isinstance(own, AffineFormat) and scale is not None, "integers have scales"
+    k = weight.shape[-1]
+    codes = weight.codes.view(torch.uint8) ^ 128 if own.signed else unpack(weight.codes, own.bits)
+    padding = max(0, form.padded(k) - codes.shape[-1])
+    codes = torch.nn.functional.pad(codes, (0, padding))[..., : form.padded(k)].contiguous()
+    scale = scale.float()
+    if weight.zero is None:
+        minimum = scale * (1 << (own.bits - 1))
+    else:
+        minimum = weight.zero.float() if own.minimum else scale * weight.zero.float()
+    groups = form.padded(k) // form.group
+    each = (own.group // form.group) if own.group else groups
+    parts = [part.repeat_interleave(each, -1)[..., :groups].contiguous() for part in (scale, minimum)]
+    return replace(weight, format=form, codes=pack(codes, form.bits), scale=parts[0], zero=parts[1])

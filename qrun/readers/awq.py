@@ -1,7 +1,7 @@
 """AWQ's GEMM layout: 4-bit codes along the rows, eight to a word in an order of their own.
 
 qweight int32 [K, N/8] and qzeros int32 [G, N/8]: nibble i of word c is that of row 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i];
-scales f16 [G, N]. w = (q − z) · s. Quark's uint4 is packed in the same order.
+scales f16 [G, N]. w = (q − z) · s.
 """
 
 from collections.abc import Mapping
@@ -53,16 +53,18 @@ class AWQReader(Reader):
 
     def read(self, module: str, shape: Shape) -> QTensor:
         form = self.format(module, shape)
-        words = self.tensors.read(module + ".qweight").t().contiguous()  # [N/8, K]
-        zeros = self.tensors.read(module + ".qzeros").t()
-        zero = torch.stack([(zeros >> (4 * place)) & 15 for place in _PLACE], 1).to(torch.uint8)
         scale = self.tensors.read(module + ".scales").t().contiguous()
-        parts = {"codes": _packed(words), "scale": scale, "zero": zero.flatten(0, 1)}
+        parts = {
+            "codes": packed_rows(self.tensors.read(module + ".qweight")),
+            "scale": scale,
+            "zero": unpacked_rows(self.tensors.read(module + ".qzeros")),
+        }
         return from_tensors(form, shape, parts)
 
 
-def _packed(words: Tensor) -> Tensor:
-    """u8 [N, K/2], even k in the low nibble, from words [N/8, K] of eight rows each."""
+def packed_rows(words: Tensor) -> Tensor:
+    """u8 [N, K/2], even k in the low nibble, from int32 words [K, N/8]."""
+    words = words.t().contiguous()
     even, odd = words[:, ::2], words[:, 1::2]
     # Of each pair of columns, the nibbles at even places and those at odd ones: four bytes each, the rows of _ROWS.
     halves = (even & _LOW) | (odd & _LOW) << 4, (even >> 4) & _LOW | (odd & ~_LOW)
@@ -70,3 +72,9 @@ def _packed(words: Tensor) -> Tensor:
     for half, rows in zip(halves, _ROWS, strict=True):
         out[:, rows] = half.contiguous().view(torch.uint8).view(*half.shape, 4).transpose(1, 2)
     return out.flatten(0, 1)
+
+
+def unpacked_rows(words: Tensor) -> Tensor:
+    """u8 [N, G] from int32 words [G, N/8]."""
+    words = words.t()
+    return torch.stack([(words >> (4 * place)) & 15 for place in _PLACE], 1).to(torch.uint8).flatten(0, 1)

@@ -18,7 +18,7 @@ def fitted(codes: Tensor, form: AffineFormat, k: int) -> Tensor:
 
 
 def signed_codes(codes: Tensor, bits: int, name: str) -> Tensor:
-    """int8 codes as u8, 2^(bits−1) being zero. Raises `CheckpointError`, naming the weight, for one that is too large."""
+    """int8 codes as u8, 2^(bits−1) being zero. Raises `CheckpointError`, naming the weight, if one is too large."""
     counted = codes.to(torch.int16) + (1 << (bits - 1))
     if bits < 8 and bool(((counted < 0) | (counted >= 1 << bits)).any()):
         raise CheckpointError(f"{name} has codes of more than {bits} bits: fetch the model again")

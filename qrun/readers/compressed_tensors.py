@@ -1,10 +1,11 @@
 """compressed-tensors, which llm-compressor writes: a format for each group of modules that the config's targets name.
 
-pack-quantized       weight_packed int32 [N, ⌈K·b/32⌉] of q + 2^(b−1), a little-endian stream (before 0.17, 3, 5, 6 and 7
-                     bits did not cross words); weight_zero_point likewise, packed along N
+pack-quantized       weight_packed int32 [N, ⌈K·b/32⌉] of q + 2^(b−1), a little-endian stream (once, 3, 5, 6 and 7 bits
+                     did not cross words); weight_zero_point likewise, packed along N
 int-, naive-, float-, mxfp8-quantized   weight int8 or e4m3 [N, K]
 nvfp4-pack-quantized weight_packed u8 [N, K/2], weight_scale e4m3 [N, K/16] divided by weight_global_scale
 mxfp4-pack-quantized weight_packed u8 [N, K/2], weight_scale E8M0 u8 [N, K/32]
+trellis-quantized    qrun's own: weight_packed, weight_scale and weight_row_scale are those of `qrun.formats.trellis`
 
 weight_scale is [1], [N, 1], [N, K/g] or [⌈N/bn⌉, ⌈K/bk⌉]; w = (q − zero) · scale. weight_g_idx [K] is the group of each
 column where they are not in order.
@@ -25,6 +26,7 @@ from qrun.formats import (
     PermutedFormat,
     QTensor,
     Shape,
+    TrellisFormat,
     from_tensors,
 )
 from qrun.formats.packing import unpack
@@ -35,12 +37,13 @@ from qrun.readers.gptq import matches
 
 KNOWN: Final = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "mxfp8-quantized", "dense",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "trellis-quantized", "dense",
 )  # fmt: skip
 _ENDS = (
     ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_global_scale",
-    ".weight_g_idx", ".input_scale", ".input_zero_point", ".input_global_scale",
+    ".weight_row_scale", ".weight_g_idx", ".input_scale", ".input_zero_point", ".input_global_scale",
 )  # fmt: skip
+_TRELLIS: Final = {"codes": ".weight_packed", "scale": ".weight_scale", "scale2": ".weight_row_scale"}
 _SPARE = (".k_scale", ".v_scale", ".q_scale", ".output_scale", ".k_zero_point", ".v_zero_point", ".output_zero_point")
 
 
@@ -93,6 +96,11 @@ class CompressedTensorsReader(Reader):
         kind = self._kind(group)
         if kind in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
             return self._fp4(module, shape, nvidia=kind.startswith("nvfp4"))
+        if kind == "trellis-quantized":
+            form = TrellisFormat()
+            for name, (size, dtype) in form.layout(shape).items():
+                self.expect(module + _TRELLIS[name], size, dtype)
+            return form
         if module + ".weight_packed" in self.tensors:
             return self._ordered(module, self._packed(module, shape, group), shape)
         if self.tensors.dtype(module + ".weight") == torch.int8:
@@ -103,6 +111,8 @@ class CompressedTensorsReader(Reader):
     def read(self, module: str, shape: Shape) -> QTensor:
         form = self.format(module, shape)
         inner = form.inner if isinstance(form, PermutedFormat) else form
+        if isinstance(form, TrellisFormat):
+            return from_tensors(form, shape, {name: self.tensors.read(module + end) for name, end in _TRELLIS.items()})
         scale = self.tensors.read(module + ".weight_scale")
         if isinstance(inner, AffineFormat):
             return self._affine(module, shape, form, inner)

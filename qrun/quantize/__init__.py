@@ -1,0 +1,1 @@
+"""Offline quantization: a checkpoint and a plan make a directory that other engines read too."""
