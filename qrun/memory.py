@@ -125,12 +125,13 @@ def forecast(
     bytes per number in the checkpoint's files; ``formats`` are the recipe's by default.
     """
     tied = bool(config.tied) if tied is None else tied
+    alike = formats is None
     formats = formats or by_recipe(recipe)
     sized = partial(_sized, config=config, formats=formats, itemsize=source_itemsize, device=device)
     roles: dict[str, int] = {}
     moments: dict[int, int] = {}
     parameters = active = largest = fullest = held = 0
-    for weights in _places(config, tied, sized):
+    for weights in _places(config, tied, sized, alike=alike):
         for weight in weights:
             parameters += weight.numbers
             active += weight.active
@@ -207,13 +208,15 @@ def _sized(weight: Weight, *, config: ModelConfig, formats: Formats, itemsize: i
     )
 
 
-def _places(config: ModelConfig, tied: bool, sized: Callable[[Weight], _Sized]) -> Iterator[list[_Sized]]:
-    """The embedding, each layer, and what follows; layers of a kind are sized once."""
+def _places(
+    config: ModelConfig, tied: bool, sized: Callable[[Weight], _Sized], *, alike: bool
+) -> Iterator[list[_Sized]]:
+    """The embedding, each layer, and what follows; layers of a kind are sized once where they are alike."""
     yield list(map(sized, before(config, tied=tied)))
     kinds: dict[bool, list[_Sized]] = {}
     for i in range(config.layers):
         sparse = config.is_sparse(i)
-        if sparse not in kinds:
+        if sparse not in kinds or not alike:
             kinds[sparse] = list(map(sized, layer(config, i)))
         yield kinds[sparse]
     yield list(map(sized, after(config, tied=tied)))

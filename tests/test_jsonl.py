@@ -56,7 +56,7 @@ class Peer:
 def peer() -> Iterator[Peer]:
     started = Peer()
     assert started.event() == {
-        "event": "ready", "protocol": 1, "model": "spark", "recipe": "W16A16C16", "context": 4096
+        "event": "ready", "protocol": 1, "model": "spark", "recipe": "auto", "context": 4096
     }  # fmt: skip
     yield started
     started.process.kill()

@@ -18,7 +18,7 @@ from qrun.errors import UsageError
 
 MOST_BYTES = 1 << 20
 POSITIONAL = "model"
-"""The one argument that may be set; the others say what to do rather than how."""
+"""The one argument that may be set, where it may be left out; others say what to do rather than how."""
 
 Setting = TyperOption | TyperArgument
 
@@ -34,7 +34,7 @@ def settings(command: TyperCommand) -> dict[str, Setting]:
     for param in command.params:
         if isinstance(param, TyperOption) and param.expose_value and not param.is_eager:
             found[_long_names(param)[0]] = param
-        elif isinstance(param, TyperArgument) and param.name == POSITIONAL:
+        elif isinstance(param, TyperArgument) and param.name == POSITIONAL and not param.required:
             found[POSITIONAL] = param
     return found
 
