@@ -19,7 +19,6 @@ from qrun.free import in_use, release
 from qrun.gguf_checkpoint import open_checkpoint
 from qrun.loader import Loader, Progress, is_tied
 from qrun.models import describe
-from qrun.readers import quantization
 from qrun.recipe import ActivationType, Recipe
 from qrun.runcard import RunCard
 from qrun.store import WeightStore
@@ -150,13 +149,12 @@ def _settled(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str]:
     reader = checkpoint.reader
     if reader is None:
         return (replace(recipe, name="bf16", own=False) if recipe.own else recipe), ""
-    method = quantization(checkpoint.config)["quant_method"]
     if not recipe.own:
-        return recipe, f"quantized again, from {method}'s codes: without --quant they are used as they are"
+        return recipe, f"quantized again, from {reader.method}'s codes: without --quant they are used as they are"
     if recipe.activations == "16" and reader.activations != "16":
         recipe = replace(recipe, activations=cast(ActivationType, reader.activations))
     asks = f"; it asks for an {reader.cache} cache: --kv {reader.cache}" if reader.cache else ""
-    return recipe, f"weights as {method} stored them{asks}"
+    return recipe, f"weights as {reader.method} stored them{asks}"
 
 
 def _releasing(report: Progress) -> Progress:

@@ -63,6 +63,11 @@ class Reader(ABC):
         return None
 
     @property
+    def method(self) -> str:
+        """What wrote the weights, as users know it."""
+        return str(self.config.get("quant_method"))
+
+    @property
     def activations(self) -> str:
         """How the tool means activations to be rounded: 16, int8 or fp8."""
         return "16"

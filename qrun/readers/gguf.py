@@ -33,6 +33,10 @@ class GgufReader(Reader):
         super().__init__(tensors, {})
         self.pieces = pieces
 
+    @property
+    def method(self) -> str:
+        return "GGUF"
+
     def holds(self, module: str) -> bool:
         piece = self.pieces.get(module + ".weight")
         return piece is not None and piece.kind in _LAYOUTS and len(piece.shape) == 2
