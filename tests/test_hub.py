@@ -195,6 +195,19 @@ def test_nothing_large_is_fetched_before_it_fits(tmp_path: Path, hub: MemoryHub)
     assert fetch("org/name", recipe=BF16, client=hub, memory=700_000_000, context=-1)
 
 
+def test_what_is_quantized_counts_as_its_files_do(tmp_path: Path, hub: MemoryHub) -> None:
+    wide = TINY | {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 40, "num_attention_heads": 32}
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    hub.repos["org/awq"] = repository(tmp_path / "awq", wide | {"quantization_config": settings})
+    with pytest.raises(DoesNotFitError, match="org/awq at bf16"):
+        fetch("org/awq", recipe=BF16, client=hub, memory=1 << 32)
+    assert hub.asked == ["config.json"]
+    assert fetch("org/awq", recipe=Recipe.parse("auto"), client=hub, memory=1 << 32)
+    outline = outlines("org/awq", client=hub)[0]
+    assert outline.quantized
+    assert outline.files == sum(len(hub.repos["org/awq"][f"model-{n}.safetensors"]) for n in (1, 2))
+
+
 @pytest.mark.parametrize(
     ("config", "error"),
     [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from qrun.quantize.calibration import Calibration, calibration
 from qrun.quantize.pipeline import Settings, quantize
 from qrun.quantize.plan import Plan
 from qrun.quantize.rounding import Method
-from qrun.recipe import Recipe, WeightScheme
+from qrun.recipe import BF16, Recipe, WeightScheme
 from qrun.tokenizer import Tokenizer
 
 SPARK = Path(qrun.__file__).parent / "spark"
@@ -299,3 +300,19 @@ def test_calibrated_beats_data_free_on_spark(quant: str, held: Held, tmp_path: P
     if quant == "W2g32":
         assert divergence["awq"] < divergence["rtn"]
         assert errors["gptq"] < 0.75 * errors["awq"]
+
+
+def test_what_is_quantized_already_is_rounded_again(tmp_path: Path) -> None:
+    """From the values that another tool's codes stand for; a module that a plan leaves alone is written as numbers."""
+    source = Path(__file__).parent / "fixtures" / "ct_w4a16_g32"
+    config = describe(Checkpoint.open(source).config)
+    plan = Plan.uniform(config, Recipe.parse("wint8"), tied=False, label="again")
+    alone = "model.layers.0.mlp.down_proj"
+    plan = replace(plan, schemes={**plan.schemes, alone: BF16})
+    quantize(source, tmp_path / "out", plan, Settings(method="rtn", folds=False, head=False), calibration=None)
+    made, before = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
+    assert made.format(f"{alone}.weight", (64, 96)) is None
+    for name in (f"{alone}.weight", "model.layers.0.self_attn.q_proj.weight"):
+        shape = (64, 96) if alone in name else (64, 64)
+        found, wanted = made.weight(name, shape).float(), before.weight(name, shape)
+        assert float((found - wanted).norm() / wanted.norm()) < 0.01

@@ -198,7 +198,8 @@ class _Run:
     def _module(self, write: Callable[[str, Tensor], None], module: str, rounded: Rounded) -> None:
         if rounded.stored is None:
             name = f"{module}.weight"
-            write(name, rounded.values.to(self.checkpoint.dtype(name)))
+            again = self.checkpoint.format(name, rounded.values.shape) is not None
+            write(name, rounded.values.to(self.dtype if again else self.checkpoint.dtype(name)))
             return
         tensors = export.module_tensors(module, rounded.stored, self.plan.activations, self.dtype)
         for name, tensor in tensors.items():
