@@ -12,6 +12,7 @@ from pathlib import Path
 from qrun.aliases import ALIASES, known_names
 
 QUANTS = (
+    ("auto", "16-bit weights, or as the checkpoint is quantized already"),
     ("bf16", "16-bit weights: nothing is quantized"),
     ("wint8", "8-bit weights: half the memory, hardly any loss"),
     ("wint4", "4-bit weights: about 3.6 times smaller"),

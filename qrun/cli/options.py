@@ -53,8 +53,8 @@ class ModelOptions:
         typer.Argument(
             metavar="MODEL",
             autocompletion=complete.models,
-            help="A checkpoint directory, a name such as ernie or qwen3:0.6b, an org/name on the hub, "
-            "or spark, the model that ships with qrun.",
+            help="A checkpoint directory, a GGUF file, a name such as ernie or qwen3:0.6b, an org/name on the hub, or "
+            "spark, the model that ships with qrun.",
         ),
     ] = EMBEDDED
     quant: Annotated[
@@ -63,8 +63,9 @@ class ModelOptions:
             "--quant",
             metavar="RECIPE",
             autocompletion=complete.quants,
-            help="Precision of weights, activations and cache: bf16 (the default), wint8, wint4, fp8, w8a8, nf4, "
-            "mxfp4, nvfp4, W4A16C8, W4g32, or per role, as in mix:experts=w4,dense=w8.",
+            help="Precision of weights, activations and cache: auto (the default: bf16, or as the checkpoint is "
+            "quantized already), bf16, wint8, wint4, fp8, w8a8, nf4, mxfp4, nvfp4, trellis, W4A16C8, W4g32, or per "
+            "role, as in mix:experts=w4,dense=w8.",
             rich_help_panel=MODEL_PANEL,
         ),
         WEIGHTS,

@@ -37,7 +37,8 @@ class QuantizeOptions(PlanOptions):
             "--quant",
             metavar="RECIPE",
             autocompletion=complete.quants,
-            help="Precision of weights and activations: wint8, wint4, W4g128, W3g64, wint2, w8a8, fp8, mxfp4, nvfp4.",
+            help="Precision of weights and activations: wint8, wint4, W4g128, W3g64, wint2, w8a8, fp8, mxfp4, nvfp4; "
+            "trellis, which only qrun reads.",
             rich_help_panel=MODEL_PANEL,
         ),
         WEIGHTS,
