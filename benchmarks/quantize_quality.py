@@ -1,6 +1,6 @@
-"""What calibration is worth: a model quantized by every method at some recipes, each against the BF16 model it came from.
+"""What calibration is worth: a model quantized by every method at some recipes, each against the model it came from.
 
-    python benchmarks/quantize_quality.py MODEL --text HELD_OUT --calibration TEXT [--quant W4g64,W3g64] [--out FILE.json]
+    python benchmarks/quantize_quality.py MODEL --text HELD_OUT --calibration TEXT [--quant W4g64,W3g64] [--out FILE]
 
 MODEL is a directory. Every directory is made by `qrun quantize` itself and read back by `qrun eval --against MODEL`.
 """
@@ -27,7 +27,9 @@ def row(given: argparse.Namespace, name: str, method: str, *precision: str) -> d
     with tempfile.TemporaryDirectory() as place:
         out = str(Path(place) / "out")
         text = ("--calibration", str(given.calibration), "--tokens", str(given.tokens))
-        qrun("quantize", given.model, out, *precision, "--method", method, "--quiet", *(text if method != "rtn" else ()))
+        qrun(
+            "quantize", given.model, out, *precision, "--method", method, "--quiet", *(text if method != "rtn" else ())
+        )
         report = json.loads((Path(out) / "quantization.json").read_text())
         options = ("--text", str(given.text), "-n", str(given.n), "-o", "json", "--quiet", "--no-cache")
         (found,) = json.loads(qrun("eval", out, "--against", given.model, *options))
@@ -51,7 +53,9 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=8192)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    jobs = [(quant, method, ("--quant", quant)) for quant in given.quant.split(",") for method in given.methods.split(",")]
+    jobs = [
+        (quant, method, ("--quant", quant)) for quant in given.quant.split(",") for method in given.methods.split(",")
+    ]
     jobs += [(budget, "gptq", ("--budget", budget)) for budget in filter(None, given.budget.split(","))]
     rows: list[dict[str, Any]] = []
     print("| weights | method | bits | KL mean | KL p99 | same top | perplexity |\n|---|---|---:|---:|---:|---:|---:|")
