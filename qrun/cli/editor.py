@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -123,7 +124,20 @@ class LineEditor:
             EOFError: Ctrl-D on an empty line.
             KeyboardInterrupt: Ctrl-C on an empty line; elsewhere it only clears the line.
         """
-        return unquote(self._session.prompt(FormattedText([("bold ansigreen", ">>> ")])))
+        early: list[int] = []  # interrupts that came while the prompt was not yet, or no longer, listening
+
+        def heed() -> None:
+            if early:
+                self._session.app.exit(exception=KeyboardInterrupt)
+
+        before = signal.signal(signal.SIGINT, lambda number, frame: early.append(number))
+        try:
+            text = self._session.prompt(FormattedText([("bold ansigreen", ">>> ")]), pre_run=heed)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if early:
+            raise KeyboardInterrupt
+        return unquote(text)
 
     def _types_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")
