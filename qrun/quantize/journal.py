@@ -113,8 +113,10 @@ class Journal:
 
     def complete(self, out: Path) -> None:
         """Everything is written: take away the journal and give the directory its name."""
-        for name in (_JOURNAL, _STATE.format(len(self.layers)), _LOCK):
-            (self.place / name).unlink(missing_ok=True)
+        # A process that was killed may have left more than the last activations, and files that were not yet renamed.
+        for name in (_STATE.format("*"), ".*.part", _JOURNAL, _LOCK):
+            for path in self.place.glob(name):
+                path.unlink(missing_ok=True)
         _sync(self.place)
         self.place.rename(out)
         _sync(out.parent)
