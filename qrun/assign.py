@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 
 from qrun.checkpoint import Checkpoint
-from qrun.formats import AffineFormat, Format, PermutedFormat, PlainFormat, QTensor, format_of, join_rows
+from qrun.formats import AffineFormat, Format, PlainFormat, QTensor, format_of, join_rows
 from qrun.formats.widened import as_common, common
 from qrun.models.plan import Source, Weight
 from qrun.recipe import Recipe
@@ -72,12 +72,13 @@ def halves(tensor: torch.Tensor, width: int) -> torch.Tensor:
 def _format(checkpoint: Checkpoint, part: Sequence[Source]) -> Format | None:
     """The one format in which the tensors can be put one under another; WIDE where there is none, none where all are
     plain numbers."""
-    formats = [checkpoint.format(source.name, source.shape) for source in part]
-    if all(form is None for form in formats):
-        return None
+    found = [checkpoint.format(source.name, source.shape) for source in part]
+    formats = [form for form in found if form is not None]
+    if len(formats) < len(found):
+        return WIDE if formats else None
     first = formats[0]
-    if first is None or any(form != first for form in formats):
-        return common([form for form in formats if form is not None]) or WIDE if None not in formats else WIDE
+    if any(form != first for form in formats):
+        return common(formats) or WIDE
     if len(part) == 1 and not part[0].pairs:
         return first
     alone = first.row_align == 1 and len({repr(checkpoint.shared(source.name)) for source in part}) == 1
@@ -93,5 +94,4 @@ def _meet(part: Sequence[Source], form: Format) -> bool:
         align > 1
         and all(source.shape[0] % align == 0 for source in part[:-1])
         and all(align % source.pairs == 0 for source in part if source.pairs)
-        and not isinstance(form, PermutedFormat | AffineFormat)
     )

@@ -1,8 +1,8 @@
 """A checkpoint directory: its configs, and its tensors one at a time, each checked before it is believed.
 
 Everything in it is untrusted. Opening reads JSON and safetensors headers only; `Checkpoint.read` copies one tensor
-out and keeps nothing, so resident memory grows by what the caller holds. Knows no architecture, no number format
-and no hub.
+out and keeps nothing, so resident memory grows by what the caller holds. Knows no architecture and no hub; how other
+tools store quantized weights, its readers know.
 """
 
 import hashlib
@@ -86,6 +86,10 @@ class Checkpoint:
         return self.files[name].metadata
 
     @cached_property
+    def _formats(self) -> dict[tuple[str, tuple[int, ...]], Format]:
+        return {}
+
+    @cached_property
     def reader(self) -> Reader | None:
         """What reads the weights that are quantized already; none where the config knows of none."""
         return open_reader(self, self.config)
@@ -95,7 +99,11 @@ class Checkpoint:
         module = name.removesuffix(WEIGHT)
         if self.reader is None or not name.endswith(WEIGHT) or not self.reader.holds(module):
             return None
-        return self.reader.format(module, tuple(shape))
+        # Asked for by the check, the forecast and the loader, and some readers look into tensors for it.
+        key = name, tuple(shape)
+        if key not in self._formats:
+            self._formats[key] = self.reader.format(module, key[1])
+        return self._formats[key]
 
     def packed(self, name: str, shape: Sequence[int]) -> QTensor:
         """A weight that has a `format`, as it is stored. Raises `CheckpointError` if its tensors are not what that

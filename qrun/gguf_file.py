@@ -11,12 +11,12 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias, cast
+from typing import Any, BinaryIO, Final, TypeAlias
 
-import torch
 from torch import Tensor
 
 from qrun.errors import CheckpointError, UnsupportedModelError
+from qrun.tensorfile import read_bytes
 
 Value: TypeAlias = "str | int | float | bool | list[str] | array.array[int] | array.array[float]"
 
@@ -106,20 +106,8 @@ class GgufFile:
         """
         entry = self.entries[name]
         rows = entry.rows - first if rows is None else rows
-        buffer = torch.empty(rows * entry.row_bytes, dtype=torch.uint8)
-        view = memoryview(cast(Any, buffer.numpy()))
-        done = 0
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start + first * entry.row_bytes)
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.path} ended inside {name}: the file changed; fetch it again")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"cannot read {name} from {self.path}: {error.strerror or error}") from error
-        return buffer.view(rows, entry.row_bytes)
+        start = entry.start + first * entry.row_bytes
+        return read_bytes(self.path, start, rows * entry.row_bytes, name).view(rows, entry.row_bytes)
 
 
 def gguf_at(path: Path) -> Path | None:

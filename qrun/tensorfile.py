@@ -79,20 +79,26 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor, a private CPU copy in the dtype of the file. Raises `CheckpointError` on a short read."""
         entry = self.entries[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(cast(Any, buffer.numpy()))
-        done = 0
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                while done < entry.nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{self.path} ended inside {name}: the file changed; fetch it again")
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"cannot read {name} from {self.path}: {error.strerror or error}") from error
-        return buffer.view(entry.dtype).view(entry.shape)
+        return read_bytes(self.path, entry.start, entry.nbytes, name).view(entry.dtype).view(entry.shape)
+
+
+def read_bytes(path: Path, start: int, nbytes: int, name: str) -> Tensor:
+    """Bytes of a file as a private CPU tensor, u8 [nbytes]. Raises `CheckpointError`, naming the tensor, if they are
+    not there."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(cast(Any, buffer.numpy()))
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{path} ended inside {name}: the file changed; fetch it again")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name} from {path}: {error.strerror or error}") from error
+    return buffer
 
 
 def load_json(text: bytes, where: object) -> dict[str, Any]:

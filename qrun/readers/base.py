@@ -4,6 +4,7 @@ A reader knows one tool's names and layouts, and believes nothing: shapes and ty
 the model's config promises before anything is read. It knows no models and no recipes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -124,6 +125,16 @@ def strings(value: object) -> list[str]:
     """The strings of a JSON list, or none."""
     items = cast(list[object], value) if isinstance(value, list) else []
     return [item for item in items if isinstance(item, str)]
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether an untrusted regular expression matches a module's name from its beginning."""
+    if len(pattern) > 500 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
+        raise refuse(f"quantization_config with the pattern {pattern[:80]!r}")
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, RecursionError, OverflowError):
+        raise refuse(f"quantization_config with the pattern {pattern[:80]!r}") from None
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -30,10 +30,9 @@ from qrun.formats import (
     from_tensors,
 )
 from qrun.formats.packing import unpack
-from qrun.readers.base import FLOATS, Reader, Tensors, mapping, refuse, setting, strings
+from qrun.readers.base import FLOATS, Reader, Tensors, mapping, matches, refuse, setting, strings
 from qrun.readers.columns import column_order, fitted, signed_codes
 from qrun.readers.fp8 import e4m3, e4m3_format
-from qrun.readers.gptq import matches
 
 KNOWN: Final = (
     "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",

@@ -4,7 +4,6 @@ qweight int32 [K·b/32, N] and qzeros int32 [G, N·b/32] are little-endian bit s
 [G, N]; g_idx int32 [K] is the group of each column. w = (q − z) · s. The first version of the layout stores z − 1.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from qrun.formats import AffineFormat, Format, PermutedFormat, QTensor, Shape, from_tensors
 from qrun.formats.packing import pack, unpack
-from qrun.readers.base import FLOATS, Reader, Tensors, mapping, refuse, setting
+from qrun.readers.base import FLOATS, Reader, Tensors, mapping, matches, refuse, setting
 from qrun.readers.columns import column_order, fitted
 
 _ENDS = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -112,13 +111,3 @@ class GPTQReader(Reader):
             return None
         self.expect(name, (k,), torch.int32, torch.int64)
         return column_order(self.tensors.read(name), group, name)
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether an untrusted regular expression matches a module's name from its beginning."""
-    if len(pattern) > 500 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
-        raise refuse(f"quantization_config with the pattern {pattern[:80]!r}")
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError, OverflowError):
-        raise refuse(f"quantization_config with the pattern {pattern[:80]!r}") from None
