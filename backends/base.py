@@ -30,6 +30,21 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What trying a kernel on this device came to: its relative error, and in a line why it is not used, if so."""
+
+    op: str
+    tier: str
+    kernel: str
+    error: float | None
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
 class Step:
     """Where the tokens of one forward stand: positions start … start+S-1, and their rotation angles [S, D/2].
 
@@ -182,6 +197,11 @@ class Backend:
     def binders(self) -> Mapping[str, Binder]:
         """Format family -> what binds its linear; a family that is missing here is expanded tile by tile."""
         return {}
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """What was tried before it was bound, on devices whose kernels differ from driver to driver."""
+        return ()
 
     def note(self, op: str, scheme: object, kernel: str, *, fallback: bool = False) -> None:
         """Record a binding, once per kind."""
