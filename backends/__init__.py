@@ -8,39 +8,69 @@ from qrun.errors import BackendError
 
 if TYPE_CHECKING:
     from qrun.backends.base import Backend
+    from qrun.formats import Format
 
 DEVICES = ("auto", "cpu", "cuda", "xpu")
+GPUS = {"cuda": "NVIDIA", "xpu": "Intel"}
 
 
 def pick(
-    device: str = "auto", *, threads: int | None = None, progress: Callable[[str], None] | None = None
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    xpu_tier: str | None = None,
+    xpu_graph: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> "Backend":
-    """The backend for a device name; ``auto`` is the GPU where one can be used, else the CPU.
+    """The backend for a device name; ``auto`` is an NVIDIA GPU that can be used, else an Intel one, else the CPU.
 
-    ``progress`` is told, in a line, why a GPU that is there is not used. Raises BackendError, saying what is missing,
-    where a device that was asked for by name cannot be used.
+    ``xpu_tier``: whose kernels come first on an Intel GPU; ``xpu_graph``: record its step. ``progress`` is told, in a
+    line, why a GPU that is there is not used. Raises BackendError, saying what is missing, where a device that was
+    asked for by name cannot be used.
     """
     if device not in DEVICES:
         raise BackendError(f"unknown device {device!r}: use one of {', '.join(DEVICES)}")
-    if device == "xpu":
-        raise BackendError("device 'xpu' has no backend in this release yet: use --device cpu")
-    if device != "cpu":
-        from qrun.backends.cuda_device import find_card, is_there
-
+    tell = progress or _silent
+    makers: dict[str, Callable[[], Backend]] = {
+        "cuda": lambda: _cuda(tell),
+        "xpu": lambda: _xpu(xpu_tier, xpu_graph, tell),
+    }
+    for name, make in makers.items():
+        if device not in (name, "auto"):
+            continue
         try:
-            card = find_card()
+            return make()
         except BackendError as error:
-            if device == "cuda":
+            if device == name:
                 raise
-            if progress is not None and is_there():
-                progress(f"on the CPU, for the GPU cannot be used: {error}")
-        else:
-            from qrun.backends.cuda import CUDABackend
-
-            return CUDABackend(card, progress=progress)
+            if find_gpu(name).there:
+                tell(f"the {GPUS[name]} GPU cannot be used: {error}")
     from qrun.backends.cpu import CPUBackend
 
     return CPUBackend(threads=threads, progress=progress)
+
+
+def _silent(what: str) -> None:
+    """Progress that nobody looks at."""
+
+
+def _cuda(progress: Callable[[str], None]) -> "Backend":
+    from qrun.backends.cuda_device import find_card
+
+    card = find_card()
+    from qrun.backends.cuda import CUDABackend
+
+    return CUDABackend(card, progress=progress)
+
+
+def _xpu(tier: str | None, graph: bool, progress: Callable[[str], None]) -> "Backend":
+    from qrun.backends.xpu_device import find_xpu
+
+    card = find_xpu()
+    from qrun.backends.xpu import XPUBackend
+    from qrun.backends.xpu_tiers import tier_of
+
+    return XPUBackend(card, first=tier_of(tier), graph=graph, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -52,17 +82,37 @@ class Found:
     about: str
 
 
-def find_gpu() -> Found:
-    """What `pick` would make of the GPU."""
-    from qrun.backends.cuda_device import ELSE, is_there, summary
+def find_gpu(kind: str = "cuda") -> Found:
+    """What `pick` would make of the GPU of a kind, cuda or xpu."""
+    from qrun.backends import cuda_device, xpu_device
 
+    device = xpu_device if kind == "xpu" else cuda_device
     try:
-        return Found(there=True, usable=True, about=summary())
+        return Found(there=True, usable=True, about=device.summary())
     except BackendError as error:
-        return Found(there=is_there(), usable=False, about=str(error).removesuffix(f", {ELSE}"))
+        return Found(there=device.is_there(), usable=False, about=str(error).removesuffix(f", {device.ELSE}"))
 
 
 def describe_gpu() -> str:
     """The GPU that `pick` uses, in a line; where it uses none, why."""
-    found = find_gpu()
-    return found.about if found.usable else f"none used: {found.about}"
+    all_kinds = [find_gpu(kind) for kind in GPUS]
+    for found in all_kinds:
+        if found.usable:
+            return found.about
+    return f"none used: {next((found for found in all_kinds if found.there), all_kinds[0]).about}"
+
+
+def allocation_limit(device: str) -> int | None:
+    """The most bytes that a device allocates at once, if it has such a limit. Raises BackendError as `pick` does."""
+    if device != "xpu":
+        return None
+    from qrun.backends.xpu_device import find_xpu
+
+    return find_xpu().most_bytes
+
+
+def placed_bytes(form: "Format", shape: tuple[int, ...]) -> int:
+    """Bytes of a weight as an Intel GPU's kernels read it."""
+    from qrun.backends import xpu_matrix
+
+    return xpu_matrix.placed_bytes(form, shape)

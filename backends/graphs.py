@@ -1,5 +1,5 @@
-"""The decode step as CUDA graphs: recorded once per range of lengths, replayed per token. It knows only that a step is
-a function of a token and a position that does the same launches whatever their values."""
+"""The decode step as a GPU's graphs: recorded once per range of lengths, replayed per token. It knows only that a step
+is a function of a token and a position that does the same launches whatever their values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,11 @@ class GraphStep:
         self._step, self._cache = step, cache
         self._token = torch.zeros(1, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
         self._pool: Any = None
+        # CUDA's and Intel's modules have the same names in torch, but for the graph itself.
+        self._module: Any = torch.get_device_module(device)
+        self._graph: Any = torch.xpu.XPUGraph if device.type == "xpu" else torch.cuda.CUDAGraph
 
     def __call__(self, token: Tensor) -> Tensor:
         length = self._cache.length
@@ -35,17 +38,17 @@ class GraphStep:
         self._cache.length = length + 1
         return logits
 
-    def _record(self, limit: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, limit: int) -> tuple[Any, Tensor]:
         """Run the step as it is, for what it compiles and allocates, then record it. Both write the same position."""
-        length = self._cache.length
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        length, module = self._cache.length, self._module
+        aside = module.Stream()
+        aside.wait_stream(module.current_stream())
+        with module.stream(aside):
             for _ in range(2):
                 self._run(length, limit)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        module.current_stream().wait_stream(aside)
+        graph = self._graph()
+        with module.graph(graph, pool=self._pool):
             logits = self._run(length, limit)
         self._pool = self._pool or graph.pool()
         return graph, logits

@@ -35,6 +35,8 @@ def load(
     offline: bool = False,
     cache: bool = True,
     threads: int | None = None,
+    xpu_tier: str | None = None,
+    xpu_graph: bool = False,
     progress: Progress | None = None,
 ) -> Engine:
     """A model, quantized on the way in, ready to generate.
@@ -48,6 +50,8 @@ def load(
         strict: refuse any operation that would run on a fallback.
         offline: do not ask the hub.
         cache: keep the quantized weights on disk for the next start.
+        xpu_tier: whose kernels come first on an Intel GPU: native, ipex, triton or torch.
+        xpu_graph: record an Intel GPU's decode step as a graph, where all of it can be.
         progress: called with what is done, how much of it, and of how much (0: unknown).
 
     Raises a QrunError: ModelNotFoundError, RecipeError, DoesNotFitError, CheckpointError, BackendError or StrictError.
@@ -57,6 +61,7 @@ def load(
     try:
         return _load(
             model, recipe, device=device, context=context, strict=strict, offline=offline, cache=cache, threads=threads,
+            xpu_tier=xpu_tier, xpu_graph=xpu_graph,
             report=progress or (lambda what, done, total: None),
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:
@@ -72,7 +77,7 @@ def load(
 
 def _load(
     model: str | Path | None, recipe: Recipe, *, device: str, context: int | None, strict: bool, offline: bool,
-    cache: bool, threads: int | None, report: Progress,
+    cache: bool, threads: int | None, xpu_tier: str | None, xpu_graph: bool, report: Progress,
 ) -> Engine:  # fmt: skip
     begun = time.perf_counter()
     said: list[str] = []
@@ -81,7 +86,7 @@ def _load(
         said.append(what)
         report(what, 0, 0)
 
-    backend = pick(device, threads=threads, progress=say)
+    backend = pick(device, threads=threads, xpu_tier=xpu_tier, xpu_graph=xpu_graph, progress=say)
     why = list(said)  # a GPU is not used; progress is soon gone, so the card keeps it
     place = backend.device.type
     if place != "cpu":
@@ -187,7 +192,7 @@ def run_card(
         context=forecast.context,
         backend=backend.name,
         device=backend.description,
-        bindings=list(backend.bindings),
+        bindings=backend.bindings,  # some are made when the first cache is
         weight_bytes=loader.loaded.weight_bytes,
         predicted_peak=forecast.peak_load if expected is None else expected,
         measured_peak=resident.peak(backend.device.type),

@@ -7,10 +7,12 @@ from typing import Final
 
 import torch
 
+from qrun.free import available
+
 SIZE: Final = 256 << 20
 """Bytes read a time: far more than any cache holds."""
 GPU_SIZE: Final = 2 << 30
-"""The same for a GPU, where it must also take long beside a launch."""
+"""The same for a GPU, where it must also take long beside a launch; less where there is little memory."""
 IN_A_ROW: Final = 8
 """Passes over a GPU's memory between two looks at the clock, for the same reason."""
 
@@ -25,7 +27,7 @@ def read_bandwidth(
     number is the same afterwards.
     """
     if device != "cpu":
-        return _device_bandwidth(device, size or GPU_SIZE, repeats)
+        return _device_bandwidth(device, size or min(GPU_SIZE, available(device) // 4), repeats)
     halves = torch.ones(2, (size or SIZE) // 8)  # written once, so every page is really there
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

@@ -24,6 +24,7 @@ def examine(
     device: str = "auto",
     *,
     threads: int | None = None,
+    xpu_tier: str | None = None,
     progress: Progress = lambda what, done, total: None,
     encoding: str = "utf-8",
     values: Mapping[str, str] = os.environ,
@@ -35,6 +36,7 @@ def examine(
 
     Args:
         device: auto, cpu, cuda or xpu: whose kernels are tried.
+        xpu_tier: whose kernels come first on an Intel GPU.
         progress: told what is tried, at what takes its time.
         encoding: the terminal's.
         values: the environment; packages: what is installed; load_torch: what imports torch; root: of the file system.
@@ -56,17 +58,19 @@ def examine(
     yield devices.memory(root)
     yield devices.cpu()
     yield devices.cuda(wanted=device in ("auto", "cuda"), root=root)
-    yield from devices.xpu(root=root)
-    yield from working(chooser(device, threads, progress), progress)
+    yield from devices.xpu(wanted=device == "xpu", root=root)
+    yield from working(chooser(device, threads, progress, xpu_tier), progress)
 
 
-def chooser(device: str, threads: int | None, progress: Progress) -> "Callable[[], Backend]":
+def chooser(
+    device: str, threads: int | None, progress: Progress, xpu_tier: str | None = None
+) -> "Callable[[], Backend]":
     """What gives a backend of the device, a new one each time, as each serves one model."""
 
     def make() -> "Backend":
         from qrun.backends import pick
 
-        return pick(device, threads=threads, progress=lambda what: progress(what, 0, 0))
+        return pick(device, threads=threads, xpu_tier=xpu_tier, progress=lambda what: progress(what, 0, 0))
 
     return make
 
@@ -86,8 +90,10 @@ def working(make: "Callable[[], Backend]", progress: Progress) -> Iterator[Check
     yield Check(section="devices", name="chosen", status="ok", detail=f"{backend.name}: {backend.description}")
     from qrun.doctor_kernels import kernels
     from qrun.doctor_model import model
+    from qrun.doctor_tiers import tiers
 
     yield from kernels(backend, progress)
+    yield from tiers(backend.trials)
     del backend
     yield from model(make, progress)
 

@@ -9,11 +9,18 @@ from typing import Any, Final
 
 from qrun.doctor_check import Check, Status, first_line
 from qrun.doctor_machine import usable_cores
-from qrun.doctor_versions import WHEELS
 
 LEAST_MEMORY: Final = 1_000_000_000
 """Bytes below which hardly the embedded model runs."""
 NVIDIA, INTEL = "0x10de", "0x8086"
+FACTS: Final = (
+    "platform_name", "driver_version", "version", "device_id", "architecture", "total_memory", "local_mem_size",
+    "last_level_cache_size", "memory_clock_rate", "memory_bus_width", "max_compute_units", "gpu_eu_count",
+    "gpu_subslice_count", "max_work_group_size", "max_num_sub_groups", "sub_group_sizes", "has_fp16", "has_fp64",
+    "has_atomic64", "has_bfloat16_conversions", "has_subgroup_matrix_multiply_accumulate", "has_subgroup_2d_block_io",
+    "is_integrated_gpu",
+)  # fmt: skip
+"""Of an Intel GPU's properties, those that explain how it does. Its serial number is not among them."""
 REPAIRS: Final = (
     (r"libnuma", "install libnuma (apt install libnuma1)"),
     (r"iJIT_NotifyEvent", "pip install 'mkl<2024.1', or a torch from pip instead of conda's"),
@@ -100,29 +107,49 @@ def cuda(*, wanted: bool, root: Path = Path("/")) -> Check:
     return _check("cuda", "note", f"no NVIDIA GPU: {why}")
 
 
-def xpu(*, root: Path = Path("/")) -> Iterator[Check]:
-    """What is to be seen of Intel GPUs. There is no backend for them in this release, so nothing here is a failure."""
-    torch: Any = import_module("torch")
-    built, usable = torch.version.xpu is not None, False
-    if built:
-        usable = bool(torch.xpu.is_available())
-    found = cards(INTEL, root)
-    absent = "qrun has no backend for Intel GPUs in this release"
-    if usable:
-        properties = torch.xpu.get_device_properties(0)
-        detail = (
-            f"{properties.name}, driver {properties.driver_version}, {properties.total_memory / 1e9:.1f} GB; {absent}"
-        )
-        yield _check("xpu", "note", detail)
-    elif found or built:
-        seen = ", ".join(found) if found else "no Intel GPU on the PCI bus"
-        build = "torch is built for Intel GPUs and sees none" if built else "torch is built without them"
-        yield _check(
-            "xpu", "note", f"{seen}; {build}; {absent}", "" if built else f"pip install torch --index-url {WHEELS}/xpu"
-        )
-        yield from _render_nodes(root)
+def xpu(*, wanted: bool, root: Path = Path("/")) -> Iterator[Check]:
+    """The Intel GPU that is used, or why none; without ``wanted`` that is no failure."""
+    from qrun.backends import find_gpu
+
+    found, here = find_gpu("xpu"), cards(INTEL, root)
+    if found.usable:
+        yield _check("xpu", "ok", found.about)
+        yield from _about_xpu(here)
+        return
+    why, _, fix = found.about.rpartition(": ")
+    seen = ", ".join(here) or "no Intel GPU is seen"
+    if wanted or found.there:
+        yield _check("xpu", "failure" if wanted else "note", f"{seen}; {why}", fix)
     else:
-        yield _check("xpu", "note", f"no Intel GPU: {absent}")
+        yield _check("xpu", "note", f"{f'not used: {seen}' if here else 'no Intel GPU'}; {why}")
+    if here and "/dev/dri" not in why:
+        yield from _render_nodes(root)
+
+
+def _about_xpu(here: list[str]) -> Iterator[Check]:
+    """What a report must say of the device, and what it cannot do."""
+    xpu: Any = import_module("torch").xpu
+    found = xpu.get_device_properties()
+    facts = [f"{name}={_fact(name, found)}" for name in FACTS if name in dir(found)]
+    yield _check("xpu facts", "ok", f"PCI {', '.join(here) or 'unknown'}; {', '.join(facts)}")
+    if xpu.device_count() > 1:
+        yield _check(
+            "xpu", "note", f"{xpu.device_count()} devices are seen, and the first is used",
+            "ONEAPI_DEVICE_SELECTOR=level_zero:1 takes the second",
+        )  # fmt: skip
+    if not found.has_fp64:
+        yield _check("xpu fp64", "note", "it has no 64-bit floats: qrun needs none, IPEX and others may")
+    try:
+        xpu.mem_get_info()
+    except RuntimeError:
+        yield _check(
+            "xpu memory", "note", "its driver does not say what is free, as is usual where memory is the CPU's: what "
+            "the CPU has free is taken",
+        )  # fmt: skip
+
+
+def _fact(name: str, found: Any) -> str:
+    return hex(found.device_id) if name == "device_id" else str(getattr(found, name))
 
 
 def _render_nodes(root: Path) -> Iterator[Check]:

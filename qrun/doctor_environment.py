@@ -12,7 +12,13 @@ FOREIGN: Final = {
     "oneAPI": ("libsycl.so*", "libur_loader.so*", "libmkl_core.so*", "libiomp5.so*"),
 }
 """Libraries that torch brings itself, and that others of the same name take the place of."""
-SOURCED: Final = ("SETVARS_COMPLETED", "ONEAPI_ROOT", "CMPLR_ROOT")
+CHOOSERS: Final = ("ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK")
+INTEL: Final = (
+    "ONEAPI_", "ZE_", "ZET_", "SYCL_", "UR_", "IGC_", "NEO", "OverrideDefaultFP64Settings", "TRITON_INTEL_",
+    "PYTORCH_XPU_", "PYTORCH_ENABLE_XPU_",
+)  # fmt: skip
+"""How the names of variables begin that Intel's driver, compiler and runtime read, or torch for them."""
+SOURCED: Final = ("SETVARS_COMPLETED", "CMPLR_ROOT")
 OWN: Final = ("QRUN_CACHE_DIR", "QRUN_DEBUG", "QRUN_CONFIG")
 """Variables that are no options."""
 SHADOWED: Final = ("torch", "triton", "numba", "numpy", "qrun", "safetensors", "tokenizers")
@@ -33,7 +39,7 @@ def environment(values: Mapping[str, str], *, cores: int, torch: str | None) -> 
     """What is set and matters. ``cores``: that may be used; ``torch``: its version, with the build as in ``+xpu``."""
     found = [
         *_switches(values), *_threads(values, cores), *_libraries(values), *_oneapi(values, torch or ""), *_hub(values),
-        *_paths(values), *_hidden(values), *_options(values),
+        *_paths(values), *_hidden(values), *_intel(values), *_options(values),
     ]  # fmt: skip
     yield from found or [_check("variables", "ok", "none is set that qrun stumbles over")]
 
@@ -107,9 +113,21 @@ def _hidden(values: Mapping[str, str]) -> Iterator[Check]:
     """Devices that are left out on purpose, or once were."""
     if values.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
         yield _check("CUDA_VISIBLE_DEVICES", "note", "it hides every NVIDIA GPU", "unset CUDA_VISIBLE_DEVICES")
-    for name in ("ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK"):
+    for name in CHOOSERS:
         if values.get(name):
-            yield _check(name, "note", "it chooses which Intel devices are seen", f"unset {name}")
+            yield _check(
+                name, "note", f"it is {values[name]}: it chooses which Intel devices are seen", f"unset {name}"
+            )
+
+
+def _intel(values: Mapping[str, str]) -> Iterator[Check]:
+    """What changes how Intel's driver and compiler work. Values are shown: whoever reads a report needs them."""
+    known = (*SOURCED, *CHOOSERS)
+    found = [f"{name}={values[name]}" for name in sorted(values) if name.startswith(INTEL) and name not in known]
+    if found:
+        yield _check(
+            "Intel GPUs", "note", f"{', '.join(found)}: their driver and compiler take them", "unset them if one fails"
+        )
 
 
 def _options(values: Mapping[str, str]) -> Iterator[Check]:

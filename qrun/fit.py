@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from qrun.backends import find_gpu
+from qrun.backends import GPUS, allocation_limit, find_gpu
 from qrun.errors import BackendError
 from qrun.free import available, in_use
 from qrun.memory import Forecast, forecast
@@ -25,13 +25,15 @@ LIBRARIES: Final = 109_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a model would run. ``free`` bytes of ``device``; ``resident`` is what a process takes before it loads."""
+    """Where a model would run. ``free`` bytes of ``device``, ``most`` of them at once if there is such a limit;
+    ``resident`` is what a process takes before it loads."""
 
     device: str
     free: int
     resident: int
     threads: int
     about: str
+    most: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class FitRow:
     @property
     def spares(self) -> bool:
         """Whether it fits and leaves some memory to others."""
-        return self.needed <= (1 - SPARE) * self.free
+        return self.fits and self.needed <= (1 - SPARE) * self.free
 
 
 def find_place(device: str, threads: int | None = None, memory: int | None = None) -> Place:
@@ -67,25 +69,24 @@ def find_place(device: str, threads: int | None = None, memory: int | None = Non
     With ``memory`` another machine is meant, so that no device need be here; auto is a CPU then.
     Raises `BackendError` for a device that cannot be used.
     """
-    if device == "xpu":
-        raise BackendError("device 'xpu' has no backend in this release yet: use --device cpu")
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     resident = in_use() + LIBRARIES
     if memory is not None:
-        where = "of a GPU" if device == "cuda" else "of memory"
-        kind = "cuda" if device == "cuda" else "cpu"
+        where = "of a GPU" if device in GPUS else "of memory"
+        kind = device if device in GPUS else "cpu"
         return Place(device=kind, free=memory, resident=resident, threads=threads, about=where)
-    about = "of this machine's memory"
-    if device != "cpu":
-        gpu = find_gpu()
+    kind, about = "cpu", "of this machine's memory"
+    for name in GPUS if device == "auto" else (device,) if device in GPUS else ():
+        gpu = find_gpu(name)
         if gpu.usable:
-            device, about = "cuda", f"of the {gpu.about.partition(',')[0]}"
-        elif device == "cuda":
+            kind, about = name, f"of the {gpu.about.partition(',')[0]}"
+            break
+        if device == name:
             raise BackendError(f"{gpu.about}, or use --device cpu")
-        else:
-            device = "cpu"
-    return Place(device=device, free=available(device), resident=resident, threads=threads, about=about)
+    return Place(
+        device=kind, free=available(kind), resident=resident, threads=threads, about=about, most=allocation_limit(kind)
+    )
 
 
 def fit(outline: Outline, recipes: Sequence[Recipe], contexts: Sequence[int], place: Place) -> list[FitRow]:
@@ -116,6 +117,7 @@ def fit(outline: Outline, recipes: Sequence[Recipe], contexts: Sequence[int], pl
 
 def _row(model: str, recipe: Recipe, need: Forecast, positions: int, place: Place) -> FitRow:
     loading = need.expected_load(place.resident, place.threads) if place.device == "cpu" else need.peak_load
+    whole = place.most is None or need.block <= place.most
     return FitRow(
         model=model,
         recipe=recipe.name,
@@ -126,8 +128,8 @@ def _row(model: str, recipe: Recipe, need: Forecast, positions: int, place: Plac
         loading=loading,
         needed=need.needed,
         free=place.free,
-        fits=need.needed <= place.free,
-        most_context=need.room(place.free, positions),
+        fits=whole and need.needed <= place.free,
+        most_context=need.room(place.free, positions) if whole else 0,
     )
 
 

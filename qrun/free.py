@@ -14,8 +14,23 @@ def available(device: str = "cpu", *, cgroups: Path = Path("/sys/fs/cgroup"), pr
     a GPU: what no program holds, and what torch holds here without using it."""
     if device != "cpu":
         module = torch.get_device_module(device)
-        return int(module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated())
+        return device_memory(device)[0] + int(module.memory_reserved() - module.memory_allocated())
     return min([psutil.virtual_memory().available, *_cgroup_free(cgroups, proc)])
+
+
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes of a GPU that no program holds, and of all it has. An Intel one that shares the host's memory has what the
+    host has free: what torch says of it is too little, or an error."""
+    module = torch.get_device_module(device)
+    if device == "xpu":
+        found = module.get_device_properties()
+        left, shared = found.total_memory - module.memory_reserved(), getattr(found, "is_integrated_gpu", False)
+        with contextlib.suppress(RuntimeError):
+            if not shared:
+                return min(int(module.mem_get_info()[0]), left), found.total_memory  # some drivers count nothing
+        return max(0, min(left, available())), found.total_memory
+    free, total = module.mem_get_info()
+    return int(free), int(total)
 
 
 def in_use() -> int:

@@ -31,7 +31,7 @@ class LogprobReader:
 
         check_count(count)
         self._count = min(count, vocab)
-        pinned = torch.device(str(device)).type == "cuda"  # else a copy would wait for the step that is under way
+        pinned = torch.device(str(device)).type != "cpu"  # else a copy would wait for the step that is under way
         self._values = torch.empty(self._count + 1, pin_memory=pinned)
         self._ids = torch.empty(self._count + 1, dtype=torch.long, pin_memory=pinned)
 

@@ -7,16 +7,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Final
 
 import torch
 
+from qrun import backends
 from qrun.assign import Formats, by_recipe
 from qrun.errors import DoesNotFitError
 from qrun.formats import AffineFormat, Format, PlainFormat
 from qrun.formats.kv import kv_format
 from qrun.formats.widened import read_as, stored_bits
-from qrun.free import available
+from qrun.free import available, device_memory
 from qrun.kernels.gpu_packed import ROW_ALIGN
 from qrun.models.config import ModelConfig
 from qrun.models.plan import Weight, after, before, layer
@@ -31,6 +33,10 @@ GPU_CHUNK: Final = 2048
 """Prompt tokens a forward there."""
 GPU_EXPANDED: Final = 256 << 20
 """Bytes of weights that are expanded at a time for many tokens there."""
+XPU_CHUNK: Final = 512
+"""Prompt tokens a forward on an Intel GPU."""
+XPU_WORK: Final = 512 << 20
+"""Bytes that attention, or a mixture of experts, takes there at a time, whatever the length of the context."""
 KEPT_ITEMSIZE: Final = 4
 """Norms, biases and the router stay in float32."""
 SMALLER: Final = ("wint8", "wint4")
@@ -58,6 +64,8 @@ class Forecast:
     context: int
     largest: int
     """The largest weight as it is read and assembled, before it is quantized."""
+    block: int
+    """The largest weight at any time: as it is read, as it is stored or as it is placed."""
     loading: int
     """Beside the weights while they are loaded."""
     running: int
@@ -130,13 +138,14 @@ def forecast(
     sized = partial(_sized, config=config, formats=formats, itemsize=source_itemsize, device=device)
     roles: dict[str, int] = {}
     moments: dict[int, int] = {}
-    parameters = active = largest = fullest = held = 0
+    parameters = active = largest = block = fullest = held = 0
     for weights in _places(config, tied, sized, alike=alike):
         for weight in weights:
             parameters += weight.numbers
             active += weight.active
             roles[weight.role] = roles.get(weight.role, 0) + weight.placed
             largest = max(largest, weight.read)
+            block = max(block, weight.read, weight.stored, weight.placed)
             held += weight.stored
             moments[weight.pieces] = max(moments.get(weight.pieces, 0), held + weight.beside)
         fullest = max(fullest, sum(weight.stored for weight in weights))
@@ -151,12 +160,16 @@ def forecast(
         # A tensor as it was read, quantized, and in work; or a layer's weights (experts are a stack) beside their
         # packed copies, which are made when all of them are there. Of the host this takes one tensor at a time.
         loading = max(3 * largest, fullest + largest) + GPU_OVERHEAD
-        running = GPU_OVERHEAD + min(largest, GPU_EXPANDED) + _activations(config)
+        running = GPU_OVERHEAD + min(largest, GPU_EXPANDED) + _activations(config, GPU_CHUNK)
         padded_head = 1 << (config.head_dim - 1).bit_length()
         if config.window is None:
             expanded = 2 * 2 * config.kv_heads * padded_head  # keys and values, 16 bits
         else:
             running += 2 * 2 * config.kv_heads * padded_head * (config.window + GPU_CHUNK)
+    elif device == "xpu":
+        # Loaded as above. The cache is attended in pieces, never expanded as a whole.
+        loading = max(3 * largest, fullest + largest) + GPU_OVERHEAD
+        running = GPU_OVERHEAD + XPU_WORK + _activations(config, XPU_CHUNK)
     return Forecast(
         roles=roles,
         parameters=parameters,
@@ -164,6 +177,7 @@ def forecast(
         kv_per_token=per_head * config.kv_heads * config.layers,
         context=context,
         largest=largest,
+        block=block,
         loading=loading,
         running=running,
         expanded_per_token=expanded,
@@ -192,6 +206,10 @@ def _sized(weight: Weight, *, config: ModelConfig, formats: Formats, itemsize: i
     stored = numbers * KEPT_ITEMSIZE if form is None else _layout_bytes(form, weight.shape)
     parts = [[itemsize * math.prod(source.shape) for source in part] for part in weight.parts]
     read = max(map(sum, parts))
+    placed = stored if form is None else _placed(form, weight.shape, device)
+    if device == "xpu" and weight.name == "embed":
+        # Rows are taken from the table as it is stored; of one that is the head too, the head may have another copy.
+        placed = stored + (placed if weight.role == "lm_head" else 0)
     last = stored // len(parts)
     # A part of several tensors is assembled from them, then quantized; one of a stack is copied into its place.
     joining = max(parts[-1]) - last if len(parts[-1]) > 1 else 0
@@ -201,7 +219,7 @@ def _sized(weight: Weight, *, config: ModelConfig, formats: Formats, itemsize: i
         numbers=numbers,
         active=_active(config, weight, numbers),
         stored=stored,
-        placed=_placed(form, weight.shape, device) if form is not None else stored,
+        placed=placed,
         read=read,
         beside=read + max(joining, last if len(parts) > 1 else 0),
         pieces=-(-numbers // len(parts) // WORK_NUMBERS) if works else 0,
@@ -235,6 +253,8 @@ def packed_bytes(form: Format, shape: tuple[int, ...]) -> int:
 
 
 def _placed(form: Format, shape: tuple[int, ...], device: str) -> int:
+    if device == "xpu":
+        return backends.placed_bytes(form, shape)
     return packed_bytes(form, shape) if device == "cuda" else _layout_bytes(read_as(form), shape)
 
 
@@ -242,7 +262,7 @@ def _layout_bytes(form: Format, shape: tuple[int, ...]) -> int:
     return sum(math.prod(size) * dtype.itemsize for size, dtype in form.layout(shape).values())
 
 
-def _activations(config: ModelConfig) -> int:
+def _activations(config: ModelConfig, tokens: int) -> int:
     """Bytes of a chunk's activations on a GPU: copies of x, and the widest that a block makes of it.
 
     Per token: mixed heads in 16 and in 32 bits, and the attended ones; gates, ups and their product in 16; for each of
@@ -252,7 +272,7 @@ def _activations(config: ModelConfig) -> int:
     if config.moe is not None:
         slots = config.moe.top_k + -(-config.moe.shared_width // config.moe.width)
         widest = max(widest, slots * (8 * config.hidden + 3 * config.moe.width))
-    return GPU_CHUNK * (24 * config.hidden + widest)
+    return tokens * (24 * config.hidden + widest)
 
 
 def check_fits(
@@ -271,12 +291,19 @@ def check_fits(
     """The forecast, if ``memory`` bytes, those that are free of a device, are enough for it.
 
     ``files``: the weights stay as these bytes of files store them. Raises `DoesNotFitError` saying how much is needed,
-    how much is there, and what would fit.
+    how much is there, and what would fit; also where a single weight is more than the device allocates at once.
     """
     would = partial(forecast, config, tied=tied, source_itemsize=source_itemsize, device=device)
     need = forecast(config, recipe, context, tied=tied, source_itemsize=source_itemsize, formats=formats, device=device)
     if files is not None:
         need = replace(need, roles={"files": files})
+    most = backends.allocation_limit(device)
+    if most is not None and need.block > most:
+        small = (option for option, other in _alternatives(recipe) if would(other, context).block <= most)
+        raise DoesNotFitError(
+            f"{name} at {recipe.name} has a weight of {human(need.block)}, and this GPU allocates {human(most)} at "
+            f"most: use {', or '.join((*islice(small, 1), '--device cpu'))}"
+        )
     if need.needed <= memory:
         return need
     what = f"{name} at {recipe.name} with a context of {context} needs {human(need.needed)}"
@@ -291,7 +318,7 @@ def check_fits(
 def _free_of(device: str, memory: int) -> str:
     """The device, what is free of it, and who has the rest."""
     module = torch.get_device_module(device)
-    free, total = module.mem_get_info()
+    free, total = device_memory(device)
     text = f"{module.get_device_name()}, {human(memory)} are free of {human(total)}"
     others = total - free - module.memory_reserved()
     # What this process itself has on the card beside torch's blocks, its context, is no other program.

@@ -11,6 +11,7 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_FULL = ("out of memory", "ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY", "OUT_OF_RESOURCES")
 
 
 def peak(device: str = "cpu") -> int:
@@ -46,7 +47,7 @@ def ran_out(error: BaseException) -> Literal["memory", "the GPU's memory"] | Non
     text = str(error)
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return "memory"
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+    if isinstance(error, torch.OutOfMemoryError) or any(word in text for word in _FULL):
         return "the GPU's memory"
     cause = error.__cause__ or error.__context__
     return ran_out(cause) if isinstance(cause, MemoryError | RuntimeError) else None
@@ -60,3 +61,4 @@ def let_go(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
     gc.collect()
     torch.cuda.empty_cache()
+    torch.xpu.empty_cache()

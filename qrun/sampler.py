@@ -142,7 +142,7 @@ class Sampler:
         return self._choose(logits) if self._kernel is None else self._kernel(logits[None])
 
     def _masked(self, logits: "Tensor", allowed: "Tensor") -> "Tensor":
-        if logits.device.type == "cuda":
+        if logits.device.type != "cpu":
             allowed = allowed.pin_memory()  # or the copy would wait for all that is under way
         return logits.masked_fill(~allowed.to(logits.device, non_blocking=True), -math.inf)
 

@@ -240,7 +240,7 @@ def test_auto_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch, there:
     monkeypatch.setattr(cuda_device, "is_there", lambda: there)
     backend, said = picked("auto")
     assert type(backend) is CPUBackend
-    assert said == (["on the CPU, for the GPU cannot be used: NVIDIA X is sm_75"] if there else [])
+    assert said == (["the NVIDIA GPU cannot be used: NVIDIA X is sm_75"] if there else [])
     with pytest.raises(BackendError) as caught:
         picked("cuda")
     assert caught.value is error

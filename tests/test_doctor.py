@@ -16,12 +16,13 @@ from torch import Tensor
 
 from qrun import backends, doctor, doctor_devices, doctor_kernels, doctor_machine, doctor_model
 from qrun.backends import Found
-from qrun.backends.base import Backend, Linear
+from qrun.backends.base import Backend, Linear, Trial
 from qrun.backends.cpu import CPUBackend
 from qrun.cli.doctor_cmd import line, markdown
 from qrun.cli.main import main
 from qrun.doctor_check import Check, Run, failed, public, summary
 from qrun.doctor_environment import environment
+from qrun.doctor_tiers import tiers
 from qrun.doctor_versions import Package, installed, versions
 from qrun.errors import BackendError
 
@@ -284,13 +285,13 @@ def test_a_torch_that_takes_the_cores_away(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_nvidia_gpu(
     found: Found, wanted: bool, status: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "find_gpu", lambda: found)
+    monkeypatch.setattr(backends, "find_gpu", lambda kind="cuda": found)
     check = doctor_devices.cuda(wanted=wanted, root=tmp_path)
     assert (check.status, check.fix) == (status, fix)
 
 
 def test_an_nvidia_gpu_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_gpu", lambda: Found(False, False, "none: see nvidia-smi"))
+    monkeypatch.setattr(backends, "find_gpu", lambda kind="cuda": Found(False, False, "none: see nvidia-smi"))
     place = "sys__bus__pci__devices__0000:01:00.0__"
     root = put(tmp_path, **{f"{place}class": "0x030000\n", f"{place}vendor": "0x10de\n", f"{place}device": "0x2684\n"})
     assert doctor_devices.cards(doctor_devices.NVIDIA, root) == ["10de:2684 (no driver)"]
@@ -301,26 +302,116 @@ def test_an_nvidia_gpu_without_a_driver(tmp_path: Path, monkeypatch: pytest.Monk
     assert "WSL" in doctor_devices.cuda(wanted=True, root=root).detail
 
 
-def test_an_intel_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (none,) = doctor_devices.xpu(root=tmp_path)
-    assert none.status == "note" and "no Intel GPU" in none.detail
+@pytest.fixture
+def arc(tmp_path: Path) -> Path:
+    """A machine with an Arc B580, its driver loaded and its device file there."""
     place = "sys__bus__pci__devices__0000:03:00.0__"
     root = put(tmp_path, **{f"{place}class": "0x038000", f"{place}vendor": "0x8086", f"{place}device": "0xe20b"})
-    put(root, drivers__xe__x="")
+    put(root, drivers__xe__x="", dev__dri__renderD128="")
     (root / "sys/bus/pci/devices/0000:03:00.0/driver").symlink_to(root / "drivers/xe")
-    seen, nodes = doctor_devices.xpu(root=root)
-    assert "8086:e20b (xe); torch is built without them" in seen.detail and "whl/xpu" in seen.fix
-    assert nodes.status == "warning" and "--device /dev/dri" in nodes.fix
-    put(root, dev__dri__renderD128="")
-    assert len(list(doctor_devices.xpu(root=root))) == 1
+    return root
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "status"),
+    [
+        (Found(True, False, "torch 2 is built without Intel GPUs: pip install it"), True, "failure"),
+        (Found(True, False, "torch 2 is built without Intel GPUs: pip install it"), False, "note"),
+        (Found(False, False, "torch 2 is built without Intel GPUs: pip install it"), True, "failure"),
+        (Found(False, False, "torch 2 is built without Intel GPUs: pip install it"), False, "note"),
+    ],
+)
+def test_an_intel_gpu_that_is_not_used(
+    found: Found, wanted: bool, status: str, arc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "find_gpu", lambda kind: found)
+    (check,) = doctor_devices.xpu(wanted=wanted, root=arc)
+    assert check.status == status and "8086:e20b (xe); torch 2 is built without Intel GPUs" in check.detail
+    assert check.fix == ("pip install it" if wanted or found.there else "")
+
+
+def test_no_intel_gpu(tmp_path: Path) -> None:
+    (none,) = doctor_devices.xpu(wanted=False, root=tmp_path)
+    assert none.status == "note" and "no Intel GPU" in none.detail
+
+
+def test_device_files_of_an_intel_gpu(arc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "torch 2 is built without Intel GPUs: pip install it"
+    monkeypatch.setattr(backends, "find_gpu", lambda kind: Found(True, False, why))
     monkeypatch.setattr(doctor_devices.os, "access", lambda path, mode: False)
-    assert "render" in list(doctor_devices.xpu(root=root))[1].fix
-    monkeypatch.setattr(torch.version, "xpu", "20250301")
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    card = SimpleNamespace(name="Intel Arc B580", driver_version="1.6", total_memory=12_000_000_000)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: card)
-    (there,) = doctor_devices.xpu(root=root)
-    assert there.detail.startswith("Intel Arc B580, driver 1.6, 12.0 GB; qrun has no backend")
+    _, shut = doctor_devices.xpu(wanted=False, root=arc)
+    assert shut.status == "warning" and "usermod -aG render" in shut.fix
+    (arc / "dev/dri/renderD128").unlink()
+    _, none = doctor_devices.xpu(wanted=False, root=arc)
+    assert none.status == "warning" and "--device /dev/dri" in none.fix
+    why = "there is no /dev/dri/renderD*: install it"  # said once
+    assert len(list(doctor_devices.xpu(wanted=True, root=arc))) == 1
+
+
+def test_an_intel_gpu_that_is_used(arc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that a report needs, and without what would tell one card from another."""
+    monkeypatch.setattr(backends, "find_gpu", lambda kind: Found(True, True, "Arc A770, 3.0 GB free of 16 GB"))
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    card = SimpleNamespace(
+        driver_version="1.6.33578+51", device_id=0x56A0, sub_group_sizes=[8, 16, 32], has_fp64=False, uuid="8680-secret"
+    )
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device=None: card)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda: (1, 2))
+    checks = list(doctor_devices.xpu(wanted=True, root=arc))
+    assert [check.status for check in checks] == ["ok", "ok", "note", "note"]
+    assert checks[0].detail.startswith("Arc A770, 3.0 GB free")
+    assert checks[1].detail.startswith("PCI 8086:e20b (xe); driver_version=1.6.33578+51, device_id=0x56a0,")
+    assert "sub_group_sizes=[8, 16, 32]" in checks[1].detail and "secret" not in checks[1].detail
+    assert "2 devices" in checks[2].detail and "64-bit floats" in checks[3].detail
+
+    def raises() -> None:
+        raise RuntimeError("The device doesn't support querying the available free memory")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", raises)
+    assert "does not say what is free" in list(doctor_devices.xpu(wanted=True, root=arc))[-1].detail
+
+
+def test_what_trials_came_to() -> None:
+    trials = [
+        Trial("int4 g64 M=1", "native", "aten int4", 1e-3),
+        Trial("int4 g32 M=1", "native", "aten int4", 2e-3),
+        Trial("int8 M=1", "native", "aten int8", None, "NotImplementedError: no such op"),
+        Trial("int8 M=1", "triton", "triton int8", 0.5, "wrong: its error is 0.5"),
+    ]
+    assert [(check.status, check.name, check.detail) for check in tiers(trials)] == [
+        ("ok", "native", "aten int4: right, error up to 2.0e-03; int4 g64 M=1, int4 g32 M=1"),
+        ("note", "native", "aten int8: NotImplementedError: no such op; int8 M=1"),
+        ("note", "triton", "triton int8: wrong: its error is 0.5; int8 M=1"),
+    ]
+    assert not failed(tiers(trials)) and list(tiers(())) == []
+
+
+def test_trials_are_listed_behind_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the backend whose kernels were tried."""
+
+    class Tried(Backend):
+        @property
+        def trials(self) -> Sequence[Trial]:
+            return [Trial("int4", "native", "aten int4", 1e-3)]
+
+    monkeypatch.setattr(doctor_kernels, "kernels", lambda backend, progress: [BENT])
+    monkeypatch.setattr(doctor_model, "model", lambda make, progress: [])
+    sections = [check.section for check in doctor.working(Tried, silent)]
+    assert sections == ["devices", "kernels", "xpu tiers"]
+
+
+def test_intels_variables_are_shown() -> None:
+    found = found_in(
+        {"UR_L0_ENABLE_RELAXED_ALLOCATION_LIMITS": "1", "IGC_EnableDPEmulation": "1", "NEOReadDebugKeys": "1", "X": "y"}
+    )
+    (check,) = found.values()
+    assert (
+        check.status == "note"
+        and "NEOReadDebugKeys=1, UR_L0_ENABLE_RELAXED" in check.detail
+        and "X=" not in check.detail
+    )
+    chosen = found_in({"ZE_AFFINITY_MASK": "1", "CMPLR_ROOT": "/opt/intel"})
+    assert set(chosen) == {"ZE_AFFINITY_MASK", "oneAPI"} and "it is 1:" in chosen["ZE_AFFINITY_MASK"].detail
 
 
 def test_a_device_that_cannot_be_chosen() -> None:

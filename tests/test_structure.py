@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("qrun.formats",),
     ("qrun.cache", "qrun.readers"),
-    ("qrun.backends", "qrun.doctor_kernels"),
+    ("qrun.backends", "qrun.doctor_kernels", "qrun.doctor_tiers"),
     ("qrun.models",),
     (
         "qrun.checkpoint",

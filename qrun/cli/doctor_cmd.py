@@ -26,8 +26,15 @@ WRONG = ("warning", "failure")
 def doctor(
     device: Annotated[
         Literal["auto", "cuda", "xpu", "cpu"],
-        typer.Option("--device", help="Whose kernels to try; auto is an NVIDIA GPU that can be used, else the CPU."),
+        typer.Option(
+            "--device",
+            help="Whose kernels to try; auto is an NVIDIA GPU that can be used, else an Intel one, else the CPU.",
+        ),
     ] = "auto",
+    xpu_tier: Annotated[
+        Literal["native", "ipex", "triton", "torch"] | None,
+        typer.Option("--xpu-tier", help="On an Intel GPU, whose kernels to try first."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="CPU threads; every core when not given.")
     ] = None,
@@ -60,7 +67,7 @@ def doctor(
         raise UsageError(f"--report {report} cannot be written: give a file in a directory that exists")
     console = Console(quiet=quiet)
     checks: list[Check] = []
-    for check in _examined(device, threads, console):
+    for check in _examined(device, threads, xpu_tier, console):
         checks.append(check)
         if not as_json and not quiet:
             console.raw(line(check) + "\n")
@@ -77,12 +84,15 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _examined(device: str, threads: int | None, console: Console) -> Iterator[Check]:
+def _examined(device: str, threads: int | None, xpu_tier: str | None, console: Console) -> Iterator[Check]:
     """The checks as they come, with progress on stderr; Ctrl-C ends them, wherever it is caught on the way."""
     from qrun.doctor import examine
 
     with console.waiting("looking around", bar=True) as waiting:
-        coming = examine(device, threads=threads, progress=waiting.update, encoding=sys.stdout.encoding or "unknown")
+        coming = examine(
+            device, threads=threads, xpu_tier=xpu_tier, progress=waiting.update,
+            encoding=sys.stdout.encoding or "unknown",
+        )  # fmt: skip
         while True:
             with Abandon():  # once for each check, or one that fails by the interrupt would be followed by the next
                 check = next(coming, None)

@@ -98,10 +98,27 @@ class ModelOptions:
         Literal["auto", "cuda", "xpu", "cpu"],
         typer.Option(
             "--device",
-            help="Where to run; auto is an NVIDIA GPU that can be used, else the CPU.",
+            help="Where to run; auto is an NVIDIA GPU that can be used, else an Intel one, else the CPU.",
             rich_help_panel=MODEL_PANEL,
         ),
     ] = "auto"
+    xpu_tier: Annotated[
+        Literal["native", "ipex", "triton", "torch"] | None,
+        typer.Option(
+            "--xpu-tier",
+            help="On an Intel GPU, whose kernels come first: torch's own (native), IPEX's, Triton's or none (torch). "
+            "When not given, in this order, as far as they prove right.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = None
+    xpu_graph: Annotated[
+        bool,
+        typer.Option(
+            "--xpu-graph",
+            help="On an Intel GPU, record the decode step as a graph, where all of it runs on Triton's kernels.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False
     threads: Annotated[
         int | None,
         typer.Option(
@@ -185,12 +202,15 @@ class ModelOptions:
         self.check_place()
 
     def check_place(self) -> None:
-        """Refuse an impossible context or number of threads.
+        """Refuse an impossible context or number of threads, and what another device has.
 
         Raises:
             UsageError: one of them is impossible.
         """
         self.context()
+        for flag, given in (("--xpu-tier", self.xpu_tier is not None), ("--xpu-graph", self.xpu_graph)):
+            if given and self.device in ("cpu", "cuda"):
+                raise UsageError(f"{flag} is for Intel GPUs: give --device xpu, or leave it out")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is impossible: give 1 or more")
 
@@ -202,6 +222,8 @@ class ModelOptions:
             "offline": self.offline,
             "cache": self.cache,
             "threads": self.threads,
+            "xpu_tier": self.xpu_tier,
+            "xpu_graph": self.xpu_graph,
         } | ({} if self.ctx_size is None else {"context": self.context()})
 
 
