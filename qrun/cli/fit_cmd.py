@@ -82,7 +82,7 @@ def fit(
         typer.Option(
             "--memory",
             metavar="SIZE",
-            help="Free memory of another machine, such as 16GB or 24GiB; with --device cuda, of another GPU.",
+            help="Free memory of another machine, such as 16GB or 24GiB; with --device cuda or xpu, of another GPU.",
         ),
     ] = None,
     output: Annotated[
