@@ -187,6 +187,8 @@ class Backend:
         self.dtype = dtype
         self.progress: Callable[[str], None] = progress or (lambda what: None)
         self.bindings: list[Binding] = []
+        self.remarks: list[str] = []
+        """What its user should know of how it runs, once a cache is there."""
 
     @property
     def description(self) -> str:

@@ -2,10 +2,12 @@
 kernel of ours or plain torch. It binds kernels to weights; what a kernel does is its own."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from qrun.backends import xpu_ipex
 from qrun.backends.base import (
     Attend,
     AttentionSpec,
@@ -22,19 +24,18 @@ from qrun.backends.base import (
 from qrun.backends.graphs import GraphStep
 from qrun.backends.xpu_attention import Attention
 from qrun.backends.xpu_device import XPUCard
-from qrun.backends.xpu_ipex import LINEARS as IPEX
 from qrun.backends.xpu_matrix import place, places
 from qrun.backends.xpu_moe import MoEBlock, stacks
 from qrun.backends.xpu_native import LINEARS as NATIVE
 from qrun.backends.xpu_plain import LINEARS as PLAIN
-from qrun.backends.xpu_pointwise import Norm, norm, silu
+from qrun.backends.xpu_pointwise import Norm, Pointwise, norm, silu
 from qrun.backends.xpu_product import Product, choose
 from qrun.backends.xpu_tiers import LinearKernel, Multiply, Tier, Tiers
 from qrun.backends.xpu_triton import LINEARS as TRITON
 from qrun.cache import KVCache, LayerCache
 from qrun.formats import QTensor
 
-LINEARS: tuple[LinearKernel, ...] = (*NATIVE, *IPEX, *TRITON, *PLAIN)
+LINEARS: tuple[LinearKernel, ...] = (*NATIVE, *xpu_ipex.LINEARS, *TRITON, *PLAIN)
 
 
 def runs(weight: QTensor, activations: str) -> bool:
@@ -63,9 +64,6 @@ class XPUBackend(Backend):
         self.tiers = Tiers(card, first=first, progress=self.progress)
         self.runs_ahead = card.real
         self._graph = graph
-        self._norm = norm(card, self.tiers)
-        self._silu = silu(card, self.tiers)
-        self.note("norm, silu", "any", f"{self._norm.name}, {self._silu.name}")
         self._attentions: list[Attention] = []
         self._recordable = True
         if card.real:
@@ -78,7 +76,21 @@ class XPUBackend(Backend):
 
     @property
     def trials(self) -> Sequence[Trial]:
-        return self.tiers.trials
+        missing = xpu_ipex.why_not(self.card)
+        ipex = [Trial("any", "ipex", "IPEX", None, missing)] if missing else []
+        return [*ipex, *self.tiers.trials]
+
+    @cached_property
+    def _norm(self) -> Pointwise:
+        chosen = norm(self.card, self.tiers)
+        self.note("norm", "any", chosen.name)
+        return chosen
+
+    @cached_property
+    def _silu(self) -> Pointwise:
+        chosen = silu(self.card, self.tiers)
+        self.note("silu", "any", chosen.name)
+        return chosen
 
     def _product(self, weight: QTensor, bias: Tensor | None, activations: str, op: str) -> Product:
         placed = place(weight, self.card.half)
@@ -178,7 +190,7 @@ class XPUBackend(Backend):
             return super().capture(step, cache)
         if self._recordable and all(able):
             return GraphStep(step, cache, self.device)
-        self.progress("the step is not recorded as a graph: attention or experts do not run on Triton's kernels here")
+        self.remarks = ["--xpu-graph has no effect: a token's attention or experts do not run on Triton's kernels"]
         return super().capture(step, cache)
 
 

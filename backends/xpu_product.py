@@ -27,11 +27,11 @@ def choose(
 ) -> tuple[LinearKernel, LinearKernel]:
     """The kernels for at most `FEW` and for more tokens, from those that take the weight; each tried on rows of it."""
     some = rows_of(placed, min(placed.n, TRIAL_ROWS))
-    weight = expand(some, 0, some.n, torch.float32)
     able = [kernel for kernel in kernels if kernel.takes(placed, card, activations)]
 
     def trial(kernel: LinearKernel, counts: tuple[int, ...]) -> tuple[float, float]:
         call = kernel.bind(some, card, activations)
+        weight = expand(some, 0, some.n, torch.float32)
         random = torch.Generator().manual_seed(0)
         errors: list[float] = []
         for tokens in counts:

@@ -20,6 +20,7 @@ from qrun.backends.base import Trial
 from qrun.backends.xpu_device import XPUCard
 from qrun.errors import BackendError
 from qrun.paths import cache_dir
+from qrun.resident import ran_out
 
 if TYPE_CHECKING:
     from qrun.backends.xpu_matrix import Placed
@@ -85,7 +86,7 @@ class Tiers:
         """The first candidate, by tier, whose trial passes; the last one of all is not tried.
 
         ``op`` names the operation with all that its kernels depend on. ``trial`` gives the relative error and the bound
-        that it must not exceed; whatever it raises is the candidate's failure.
+        that it must not exceed; whatever it raises is the candidate's failure, but that memory ran out.
         """
         ordered = sorted(candidates, key=lambda candidate: self.order.index(candidate.tier))
         for candidate in ordered[:-1]:
@@ -111,6 +112,8 @@ class Tiers:
             with torch.no_grad():
                 error, bound = trial(candidate)
         except Exception as error:  # a kernel that this driver or torch does not have: anything
+            if ran_out(error) is not None:
+                raise  # says nothing of the kernel
             reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
             return Trial(op, candidate.tier, candidate.name, None, reason)
         wrong = "" if error <= bound else f"wrong: its error is {error:.2g}, at most {bound:.2g} is right"

@@ -145,6 +145,7 @@ def _load(
         decoder, backend, config=config, recipe=recipe, card=card, source=found.path,
         generation_defaults=checkpoint.generation_config, context=room, identity=checkpoint.identity,
     )  # fmt: skip
+    card.notes.extend(backend.remarks)
     backend.warm_up(engine.rehearse)
     return engine
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from xpu_doubles import card
+from xpu_doubles import card, without_triton
 
 from qrun import bandwidth, doctor_kernels, resident
 from qrun.aliases import ALIASES
@@ -446,7 +446,7 @@ def test_a_models_blocks_need_no_doubles(half: torch.dtype, monkeypatch: pytest.
     """As `qrun doctor` tries them, and it finds them right; what was tried for it is there to be listed."""
     from qrun.backends.xpu import XPUBackend
 
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # interpreted kernels are slow, and see no dispatch
+    without_triton(monkeypatch)  # interpreted kernels are slow, and see no dispatch
     monkeypatch.setattr(doctor_kernels, "SHAPE", (256, 512))
     backend = XPUBackend(card(half))
     with NoDoubles():

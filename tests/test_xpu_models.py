@@ -14,6 +14,7 @@ from xpu_doubles import card, without_triton
 pytest.importorskip("transformers")
 
 from oracle import logits, make
+from test_readers import FIXTURES, MODELS, expanded
 
 import qrun
 import qrun.api
@@ -21,9 +22,11 @@ from qrun.backends.base import Backend
 from qrun.backends.xpu import XPUBackend
 from qrun.batch import Batch, Request
 from qrun.cache import KVCache
+from qrun.checkpoint import Checkpoint
 from qrun.engine import Engine
 from qrun.errors import StrictError
 from qrun.gguf_tokenizer import open_tokenizer
+from qrun.recipe import Recipe
 from qrun.sampler import Sampling
 
 IDS = [(7 * i * i + 3 * i + 1) % 97 for i in range(20)]
@@ -43,7 +46,7 @@ def aten(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def load(
-    path: Path | None, *recipe: str, half: torch.dtype = torch.bfloat16, first: Any = None, **options: Any
+    path: Path | None, *recipe: str | Recipe, half: torch.dtype = torch.bfloat16, first: Any = None, **options: Any
 ) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qrun.api, "pick", lambda *names, **others: XPUBackend(card(half), first=first))
@@ -111,6 +114,17 @@ def test_a_tier_goes_first(tmp_path: Path, first: str) -> None:
     word = {"native": "aten", "triton": "triton", "torch": "torch"}[first]
     assert kernels["qkv"].startswith(word), kernels
     assert kernels["down"].startswith(word), kernels
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_of_other_tools(name: str, tmp_path: Path) -> None:
+    """On the codes that a real tool wrote, against float32 on its own values."""
+    full = expanded(name, tmp_path / "full")
+    vocab = Checkpoint.open(full).shape("model.embed_tokens.weight")[0]
+    ids = [i % vocab for i in (3, 77, 14, 120, 55, 9, 81, 2, 5)]
+    wanted = qrun.load(full, "fp32", device="cpu", context=64).logits(ids)
+    engine = load(FIXTURES / name, Recipe.parse("auto", "fp32"), half=torch.float16)
+    assert difference(engine.logits(ids), wanted) < (8e-3 if engine.card.activations == "16" else 0.1)
 
 
 def test_strict_refuses_an_expanding_tier() -> None:

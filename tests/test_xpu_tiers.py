@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from xpu_doubles import card
 
 from qrun.backends.xpu_tiers import Tier, Tiers
@@ -83,3 +84,13 @@ def test_the_last_one_is_taken_untried() -> None:
         raise AssertionError(way)
 
     assert Tiers(card()).choose("op", [TORCH], never) is TORCH
+
+
+def test_memory_that_ran_out_says_nothing_of_a_kernel(tmp_path: Path) -> None:
+    def trial(way: Way) -> tuple[float, float]:
+        raise torch.OutOfMemoryError("XPU out of memory")
+
+    tiers = Tiers(replace(card(), real=True), folder=tmp_path)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiers.choose("op", ALL, trial)
+    assert not tiers.trials and not list(tmp_path.iterdir())

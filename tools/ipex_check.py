@@ -4,7 +4,8 @@
     ipex/bin/pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0 numpy platformdirs
     ipex/bin/python -m tools.ipex_check [--json FILE]
 
-Runs from the source tree. Times are of a CPU, on which IPEX is for checking only. Ends with code 1 where IPEX is not there, or a kernel that the tier takes is wrong.
+Runs from the source tree. Times are of a CPU, on which IPEX is for checking only. Ends with code 1 where IPEX is not
+there, or a kernel that the tier takes is wrong.
 
 The layer that both builds of IPEX have heeds zeros on the CPU alone, so weights with zeros run on another operation on
 a GPU. That one, and what the same layer computes on a GPU, is tried only there, when a model is loaded.
