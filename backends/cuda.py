@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qrun.backends.arrival import Arrival
 from qrun.backends.base import (
     Attend,
     AttentionSpec,
@@ -52,9 +53,7 @@ class CUDABackend(Backend):
         self._link = Link(self.space)
         self._table: tuple[QTensor, Packed] | None = None
         self._recordable = card.captures
-        if card.captures:
-            self._fetched = torch.zeros(1, dtype=torch.long, pin_memory=True)
-            self._arrived = torch.cuda.Event()
+        self._arrival = Arrival(self.device) if card.captures else None
 
     @property
     def description(self) -> str:
@@ -179,17 +178,7 @@ class CUDABackend(Backend):
         self.tuner.tune()
 
     def fetch(self, token: Tensor) -> Callable[[], int]:
-        if not self.card.captures:
-            return super().fetch(token)
-        # Copied behind what makes it and before what is launched next, which is not waited for.
-        self._fetched.copy_(token, non_blocking=True)
-        self._arrived.record()
-
-        def value() -> int:
-            self._arrived.synchronize()
-            return int(self._fetched)
-
-        return value
+        return super().fetch(token) if self._arrival is None else self._arrival(token)
 
     def warm_up(self, rehearse: Callable[[], None]) -> None:
         if self.card.captures:

@@ -3,9 +3,6 @@
 It times launches and knows their shapes; what they compute is not its affair.
 """
 
-import contextlib
-import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qrun.backends import kept
 from qrun.backends.cuda_device import Card
 from qrun.kernels.gpu_gemv import Config, Operand, Scratch, default_config, gemv, scratch_size
 from qrun.kernels.gpu_packed import Packed
@@ -32,7 +30,7 @@ class Tuner:
         self._progress = progress
         version = "".join(c if c.isalnum() else "-" for c in f"{card.name} {_triton_version()}")
         self._file = (folder or cache_dir() / "tuned") / f"{version}.json"
-        self._known = _read(self._file)
+        self._known = _known(self._file)
         self._seen: dict[str, list[Packed]] = {}
 
     def config(self, weight: Packed, columns: int, blocks: int = 1) -> Config:
@@ -58,7 +56,7 @@ class Tuner:
             if timed[best] < float("inf"):  # or there was no room to measure
                 self._known[key] = best
         if seen:
-            _write(self._file, self._known)
+            kept.write(self._file, {key: asdict(config) for key, config in self._known.items()})
 
     def _time(self, config: Config, weights: list[Packed]) -> float:
         """Median microseconds of a product, from as many weights in turn as there are, so that none is in the cache."""
@@ -120,19 +118,10 @@ def _triton_version() -> str:
         return "triton"
 
 
-def _read(file: Path) -> dict[str, Config]:
-    """What an earlier start has measured; nothing where the file is missing or not as it was written."""
+def _known(file: Path) -> dict[str, Config]:
     try:
-        found = json.loads(file.read_bytes())
-        return {key: Config(**{name: int(value) for name, value in shape.items()}) for key, shape in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {
+            key: Config(**{name: int(value) for name, value in shape.items()}) for key, shape in kept.read(file).items()
+        }
+    except (TypeError, ValueError):  # of another version
         return {}
-
-
-def _write(file: Path, known: dict[str, Config]) -> None:
-    """Beside, then renamed. A disk that is full or read-only costs the next start its time, nothing else."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({key: asdict(config) for key, config in known.items()}, indent=1))
-        temporary.replace(file)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qrun.backends import xpu_ipex
+from qrun.backends.arrival import Arrival
 from qrun.backends.base import (
     Attend,
     AttentionSpec,
@@ -66,9 +67,7 @@ class XPUBackend(Backend):
         self._graph = graph
         self._attentions: list[Attention] = []
         self._recordable = True
-        if card.real:
-            self._fetched = torch.zeros(1, dtype=torch.long, pin_memory=True)
-            self._arrived = torch.xpu.Event()
+        self._arrival = Arrival(self.device) if card.real else None
 
     @property
     def description(self) -> str:
@@ -164,17 +163,7 @@ class XPUBackend(Backend):
         return lambda x: project(call(x, scale, eps)).float()
 
     def fetch(self, token: Tensor) -> Callable[[], int]:
-        if not self.card.real:
-            return super().fetch(token)
-        # Copied behind what makes it and before what is launched next, which is not waited for.
-        self._fetched.copy_(token, non_blocking=True)
-        self._arrived.record()
-
-        def value() -> int:
-            self._arrived.synchronize()
-            return int(self._fetched)
-
-        return value
+        return super().fetch(token) if self._arrival is None else self._arrival(token)
 
     def warm_up(self, rehearse: Callable[[], None]) -> None:
         if self.card.real:

@@ -6,7 +6,7 @@ The choice is made when the first cache of those formats comes. It knows neither
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from qrun.backends.xpu_device import XPUCard
 from qrun.backends.xpu_pieces import MANY_PIECE, ONE_PIECE, MultiplyWide, aten_wide, attend, float_wide
 from qrun.backends.xpu_pointwise import difference
 from qrun.backends.xpu_sdpa import Many, Sdpa
-from qrun.backends.xpu_tiers import Tier, Tiers
+from qrun.backends.xpu_tiers import Note, Tier, Tiers
 from qrun.backends.xpu_triton import usable
 from qrun.cache import KVStore, LayerCache
 from qrun.formats.kv import KV_GROUP, KVFormat, PlainKV, hadamard32
@@ -31,10 +31,6 @@ Call = TypeVar("Call", bound="Append | Many | MultiplyWide", covariant=True)
 SCORES: Final = 128 << 20
 """Bytes of a piece's scores for as many of a prompt's tokens as are attended at a time."""
 MOST_ROWS: Final = 512
-
-
-class Note(Protocol):
-    def __call__(self, op: str, scheme: object, kernel: str, *, fallback: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)

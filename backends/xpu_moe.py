@@ -3,7 +3,6 @@ gathered and multiplied as one weight, those of many tokens one after the other.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from qrun.backends.xpu_experts import few, widened
 from qrun.backends.xpu_matrix import places
 from qrun.backends.xpu_product import choose
 from qrun.backends.xpu_stack import joins, stack
-from qrun.backends.xpu_tiers import LinearKernel, Tiers
+from qrun.backends.xpu_tiers import LinearKernel, Note, Tiers
 from qrun.formats import QTensor
 from qrun.kernels import reference
 
@@ -26,12 +25,6 @@ SLOTS = 1 << 27
 GATHER_ROWS = 512
 """Rows that an expert multiplies in the time that gathering it and launching its kernels takes: hundreds of µs, where
 a row of a few million weights takes a part of one."""
-
-
-class Note(Protocol):
-    """`Backend.note`."""
-
-    def __call__(self, op: str, scheme: object, kernel: str, /, *, fallback: bool = False) -> None: ...
 
 
 def stacks(weights: MoEWeights) -> bool:

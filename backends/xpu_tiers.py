@@ -5,8 +5,6 @@ no kernel itself: what an operation is, and how it is tried, are the caller's.
 """
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from qrun.backends import kept
 from qrun.backends.base import Trial
 from qrun.backends.xpu_device import XPUCard
 from qrun.errors import BackendError
@@ -45,6 +44,12 @@ class LinearKernel:
     takes: "Callable[[Placed, XPUCard, str], bool]"
     bind: "Callable[[Placed, XPUCard, str], Multiply]"
     fallback: bool = False
+
+
+class Note(Protocol):
+    """`Backend.note`."""
+
+    def __call__(self, op: str, scheme: object, kernel: str, *, fallback: bool = False) -> None: ...
 
 
 class Candidate(Protocol):
@@ -79,7 +84,7 @@ class Tiers:
         self.order = TIERS if first is None else (first, *(tier for tier in TIERS if tier != first))
         name = "".join(c if c.isalnum() else "-" for c in f"{card.name} {card.driver} {_versions()}")
         self._file = (folder or cache_dir() / "xpu") / f"{name}.json" if card.real else None
-        self._known = {} if self._file is None else _read(self._file)
+        self._known = {} if self._file is None else _known(self._file)
         self.trials: list[Trial] = []
 
     def choose(self, op: str, candidates: Sequence[C], trial: Callable[[C], tuple[float, float]]) -> C:
@@ -101,7 +106,7 @@ class Tiers:
             found = self._made(op, candidate, trial)
             self._known[key] = found
             if self._file is not None:
-                _write(self._file, self._known)
+                kept.write(self._file, {name: vars(made) for name, made in self._known.items()})
         if found not in self.trials:
             self.trials.append(found)
         return found
@@ -136,18 +141,8 @@ def _versions() -> str:
     return " ".join(found)
 
 
-def _read(file: Path) -> dict[str, Trial]:
-    """What an earlier start has found; nothing where the file is missing or not as it was written."""
+def _known(file: Path) -> dict[str, Trial]:
     try:
-        return {key: Trial(**trial) for key, trial in json.loads(file.read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: Trial(**trial) for key, trial in kept.read(file).items()}
+    except TypeError:  # of another version
         return {}
-
-
-def _write(file: Path, known: dict[str, Trial]) -> None:
-    """Beside, then renamed. A disk that is full or read-only costs the next start its time, nothing else."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({key: vars(trial) for key, trial in known.items()}, indent=1))
-        temporary.replace(file)
