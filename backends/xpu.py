@@ -177,9 +177,12 @@ class XPUBackend(Backend):
         able = [each.recordable(layer) for each, layer in zip(self._attentions, cache.layers, strict=False)]
         if not self._graph:
             return super().capture(step, cache)
-        if self._recordable and all(able):
+        if "XPUGraph" not in dir(torch.xpu):
+            self.remarks = [f"--xpu-graph has no effect: torch {torch.__version__} records no graphs on Intel GPUs"]
+        elif self._recordable and all(able):
             return GraphStep(step, cache, self.device)
-        self.remarks = ["--xpu-graph has no effect: a token's attention or experts do not run on Triton's kernels"]
+        else:
+            self.remarks = ["--xpu-graph has no effect: a token's attention or experts do not run on Triton's kernels"]
         return super().capture(step, cache)
 
 

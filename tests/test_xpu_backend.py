@@ -97,6 +97,9 @@ def test_a_graph_is_recorded_only_if_all_of_the_step_can_be(monkeypatch: pytest.
     monkeypatch.setattr(qrun.api, "pick", lambda *names, **options: backend)
     qrun.load(None, "wint4", "int8", context=64, cache=False)
     assert made == [torch.device("cpu")]
+    monkeypatch.delattr(torch.xpu, "XPUGraph")
+    (note,) = qrun.load(None, "wint4", "int8", context=64, cache=False).card.notes
+    assert note == f"--xpu-graph has no effect: torch {torch.__version__} records no graphs on Intel GPUs"
 
 
 def test_graphs_of_both_makers_have_the_names_that_are_used() -> None:
