@@ -2,12 +2,16 @@
 counts what it allocated; and what is to be done once it ran out. It knows nothing of models."""
 
 import gc
-import resource
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+if sys.platform == "win32":
+    import psutil
+else:
+    import resource
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -24,6 +28,8 @@ def peak(device: str = "cpu") -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "qrun.repetition",
         "qrun.resident",
         "qrun.free",
+        "qrun.locks",
     ),
     ("qrun.doctor_check", "qrun.doctor_environment", "qrun.doctor_machine", "qrun.doctor_versions"),
     (

@@ -15,6 +15,7 @@ from qrun import paths
 from qrun.cli import config_file
 from qrun.cli.console import Console
 from qrun.cli.helptext import Command
+from qrun.cli.helptext import value as placeholder
 from qrun.cli.options import ModelOptions
 from qrun.cli.sanitize import one_line
 from qrun.cli.spread import origin, rivals, settle
@@ -188,4 +189,6 @@ def _example(setting: config_file.Setting) -> str:
     """A value in TOML: the default, or a placeholder for what has none."""
     if isinstance(setting, TyperOption) and setting.is_flag:
         return json.dumps(bool(setting.default))
-    return json.dumps(setting.metavar if setting.default is None else setting.default, ensure_ascii=False)
+    return json.dumps(
+        setting.metavar or placeholder(setting) if setting.default is None else setting.default, ensure_ascii=False
+    )

@@ -1,16 +1,21 @@
 """The keyboard while qrun works: Ctrl-C ends a load, stops a reply, and twice quits; other keys wait. Knows no text."""
 
+import _thread
 import os
 import signal
 import sys
-import termios
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-ENDS = (signal.SIGTERM, signal.SIGHUP)
+if sys.platform == "win32":
+    ENDS = (signal.SIGTERM,)
+else:
+    import termios
+
+    ENDS = (signal.SIGTERM, signal.SIGHUP)
 """What asks the program to end: another program, and a terminal that closes."""
 PASTE_ON, PASTE_OFF = b"\x1b[?2004h", b"\x1b[?2004l"
 """Bracketed paste, which prompt_toolkit has on only while it reads."""
@@ -51,10 +56,17 @@ class Abandon:
 
     def _lost(self, lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            self._again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+            self._again = threading.Timer(AGAIN_SECONDS, _interrupts(threading.get_ident()))
             self._again.start()
         else:
             self._before[1](lost)
+
+
+def _interrupts(thread: int) -> Callable[[], None]:
+    """What sends an interrupt to a thread, on Windows to the main one."""
+    if sys.platform == "win32":
+        return _thread.interrupt_main
+    return lambda: signal.pthread_kill(thread, signal.SIGINT)
 
 
 class StopOnce:
@@ -91,6 +103,9 @@ class StopOnce:
 @contextmanager
 def unseen_keys() -> Generator[None]:
     """Keep what is typed while the body runs off the screen; it waits, key by key, for the next prompt."""
+    if sys.platform == "win32":  # whose console shows nothing that is not read
+        yield
+        return
     with _mode(lambda given: given & ~termios.ICRNL, lambda given: given & ~(termios.ECHO | termios.ICANON)):
         yield
 
@@ -98,6 +113,9 @@ def unseen_keys() -> Generator[None]:
 @contextmanager
 def seen_keys() -> Generator[None]:
     """Give the keyboard to another program while the body runs, as a shell would."""
+    if sys.platform == "win32":
+        yield
+        return
     with _mode(lambda given: given | termios.ICRNL, lambda given: given | termios.ECHO | termios.ICANON):
         yield
 

@@ -2,6 +2,7 @@
 `qrun.quantize`."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -117,6 +118,8 @@ def quantize(
     """
     console = Console(quiet=options.quiet)
     recipe = options.recipe()
+    if sys.platform == "win32":
+        raise UsageError("qrun quantize runs on Linux and macOS: on Windows, run it under WSL")
     if window < 2 or tokens < 2 * window:
         raise UsageError(f"--tokens {tokens} and --window {window} are too small: give 2 windows of 2 tokens or more")
     if options.threads is not None and options.threads < 1:

@@ -5,14 +5,13 @@ A chat's file is locked while the chat lasts, so two at once never write to the 
 
 import dataclasses
 import difflib
-import fcntl
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrun import locks
 from qrun.cli.options import SUGAR, ModelOptions
 from qrun.errors import QrunError, UsageError
 from qrun.paths import state_dir
@@ -133,7 +132,7 @@ class ChatFile:
         """Go on with a kept chat. False if it is open elsewhere, cannot be locked, or is no kept one."""
         if path.parent == folder():
             with suppress(OSError):
-                self._lock = _locked(path.stem)
+                self._lock = locks.take(_lock_of(path.stem))
                 self.path = path if self._lock is not None else None
         return self.path is not None
 
@@ -155,8 +154,7 @@ class ChatFile:
     def leave(self) -> None:
         """Begin another file with the next message, and let others have this one."""
         if self._lock is not None and self.path is not None:
-            _lock_of(self.path.stem).unlink(missing_ok=True)
-            os.close(self._lock)
+            locks.let_go(_lock_of(self.path.stem), self._lock)
         self.path = self._lock = None
 
     def remove(self) -> None:
@@ -168,7 +166,7 @@ class ChatFile:
         folder().mkdir(parents=True, exist_ok=True, mode=0o700)
         now, count = f"{datetime.now():%Y%m%d-%H%M}", 1
         name = now
-        while (folder() / f"{name}.json").exists() or (lock := _locked(name)) is None:
+        while (folder() / f"{name}.json").exists() or (lock := locks.take(_lock_of(name))) is None:
             count += 1
             name = f"{now}-{count}"
         self._lock, self.path = lock, folder() / f"{name}.json"
@@ -187,7 +185,7 @@ def _prune(keep: int) -> None:
     for path in chats[KEPT_SNAPSHOTS:]:
         snapshot_of(path).unlink(missing_ok=True)
     for path in chats[keep:]:
-        lock = _locked(path.stem)
+        lock = locks.take(_lock_of(path.stem))
         if lock is None:
             continue
         try:
@@ -196,29 +194,8 @@ def _prune(keep: int) -> None:
         except UsageError:
             continue
         finally:
-            _lock_of(path.stem).unlink(missing_ok=True)
-            os.close(lock)
+            locks.let_go(_lock_of(path.stem), lock)
 
 
 def _lock_of(name: str) -> Path:
     return folder() / f".{name}.lock"
-
-
-def _locked(name: str) -> int | None:
-    """Lock a name, until the handle that is returned is closed or the process ends. None: another chat has it."""
-    path = _lock_of(name)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:  # its last owner has just removed it
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)

@@ -4,7 +4,6 @@ Every file is written beside and renamed, and the journal says last what holds, 
 on. Knows no models and no formats.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -52,7 +51,7 @@ class Journal:
         place.mkdir(parents=True, exist_ok=True)
         with (place / _LOCK).open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _hold(lock.fileno())
             except OSError:
                 raise UsageError(f"another qrun is writing {out}: wait for it, or name another directory") from None
             layers: list[dict[str, Any]] = []
@@ -138,6 +137,12 @@ class Journal:
 
     def _write(self) -> None:
         self.text(_JOURNAL, json.dumps({"settings": self._settings, "layers": self.layers}))
+
+
+def _hold(handle: int) -> None:
+    import fcntl  # which Windows has not, where the command says so before it comes here
+
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync(directory: Path) -> None:
