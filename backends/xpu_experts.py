@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qrun.backends.base import BOUNDS
 from qrun.backends.xpu_device import XPUCard
 from qrun.backends.xpu_pointwise import difference
-from qrun.backends.xpu_product import BOUNDS, describe
+from qrun.backends.xpu_product import describe
 from qrun.backends.xpu_stack import Stack, axis_of
 from qrun.backends.xpu_tiers import LinearKernel, Tier, Tiers
 from qrun.backends.xpu_triton import usable

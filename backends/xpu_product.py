@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qrun.backends.base import BOUNDS
 from qrun.backends.xpu_buckets import bucket
 from qrun.backends.xpu_device import XPUCard
 from qrun.backends.xpu_matrix import Placed, expand
@@ -16,8 +17,6 @@ from qrun.backends.xpu_tiers import LinearKernel, Tiers
 
 FEW = 8
 """Tokens that a kernel for a few of them takes."""
-BOUNDS = {"16": 4e-3, "int8": 2e-2, "fp8": 5e-2}
-"""Relative errors that are right: rounding operands and result to BF16, or activations to 8 bits."""
 TRIAL_ROWS = 256
 """Rows of a weight that kernels are tried on."""
 
@@ -26,10 +25,10 @@ def choose(
     placed: Placed, kernels: Sequence[LinearKernel], card: XPUCard, tiers: Tiers, activations: str
 ) -> tuple[LinearKernel, LinearKernel]:
     """The kernels for at most `FEW` and for more tokens, from those that take the weight; each tried on rows of it."""
-    some = rows_of(placed, min(placed.n, TRIAL_ROWS))
     able = [kernel for kernel in kernels if kernel.takes(placed, card, activations)]
 
     def trial(kernel: LinearKernel, counts: tuple[int, ...]) -> tuple[float, float]:
+        some = rows_of(placed, min(placed.n, TRIAL_ROWS))
         call = kernel.bind(some, card, activations)
         weight = expand(some, 0, some.n, torch.float32)
         random = torch.Generator().manual_seed(0)

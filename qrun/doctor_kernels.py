@@ -1,11 +1,5 @@
 """Every kernel of a backend against plain torch: its error and its time. Through the backend's border, so the same for
-every device; it knows no kernel by name.
-
-What may differ follows from the arithmetic. Devices multiply in BF16: rounding x, the expanded weight and the result
-gives each a relative error of 2^-9/sqrt(3) = 1.1e-3, together 2e-3; twice that is allowed. Eight-bit activations are
-compared with unrounded ones: int8 with one scale per token (largest of 3.5 deviations, 127 steps) errs by 8e-3, e4m3
-with its three bits of mantissa by 2.6e-2.
-"""
+every device; it knows no kernel by name."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qrun.backends.base import (
+    BOUNDS,
     AttentionSpec,
     AttentionWeights,
     Backend,
@@ -30,7 +25,7 @@ from qrun.backends.base import (
 from qrun.cache import KVCache
 from qrun.doctor_check import Check, Progress, Run, first_line
 from qrun.formats import QTensor, format_of, kv_format
-from qrun.recipe import ActivationType, CacheType, Recipe
+from qrun.recipe import CacheType, Recipe
 
 PRODUCTS: Final = (
     "W32A32", "W16", "W8", "W8A8", "W4", "W4A8", "W4Afp8", "W4g32", "W4g128sym", "W4@channel", "W2", "W2A8", "W3", "W5",
@@ -45,7 +40,6 @@ SHAPE: Final = (1024, 2048)
 """Rows and columns of the product that is timed."""
 ODD: Final = (200, 576)
 """The same for one that fills no block and no tile."""
-BOUNDS: Final[dict[ActivationType, float]] = {"32": 2e-5, "16": 4e-3, "int8": 2e-2, "fp8": 5e-2}
 STEPS: Final[dict[CacheType, float]] = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.02, "fp8": 0.06, "int4": 0.3}
 """How far apart two neighbouring numbers of a cache are, in standard deviations."""
 NOISE: Final = 2e-3

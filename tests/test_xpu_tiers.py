@@ -7,7 +7,13 @@ import pytest
 import torch
 from xpu_doubles import card
 
-from qrun.backends.xpu_tiers import Tier, Tiers
+from qrun.backends.xpu_device import XPUCard
+from qrun.backends.xpu_matrix import Placed, place
+from qrun.backends.xpu_plain import LINEARS as PLAIN
+from qrun.backends.xpu_product import choose
+from qrun.backends.xpu_tiers import LinearKernel, Multiply, Tier, Tiers
+from qrun.formats import format_of
+from qrun.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -94,3 +100,15 @@ def test_memory_that_ran_out_says_nothing_of_a_kernel(tmp_path: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         tiers.choose("op", ALL, trial)
     assert not tiers.trials and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_a_product_that_is_nan_for_some_tokens_is_wrong(tokens: int) -> None:
+    def bind(placed: Placed, card: XPUCard, activations: str) -> Multiply:
+        right = PLAIN[0].bind(placed, card, activations)
+        return lambda x: right(x) * (float("nan") if x.shape[0] == tokens else 1.0)
+
+    weight = place(format_of(Recipe.parse("bf16").dense).quantize(torch.randn(32, 64)), torch.bfloat16)
+    broken = LinearKernel(tier="native", name="broken", most=None, takes=lambda *about: True, bind=bind)
+    kernels = choose(weight, [broken, *PLAIN], card(), Tiers(card()), "16")
+    assert broken not in (kernels if tokens == 8 else kernels[:1] if tokens == 1 else kernels[1:])
