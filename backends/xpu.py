@@ -145,13 +145,11 @@ class XPUBackend(Backend):
             self.note("experts", "any", "torch, an expert after the other", fallback=True)
             self._recordable = False
             return super().moe_block(eps, spec, weights, activations=activations)
-        norm, scale = self._norm.call, weights.norm.float().contiguous()
-        beside: Feed | None = None
+        shared: Multiply | None = None
         if weights.shared_gate_up is not None and weights.shared_down is not None:
             biases = (weights.shared_gate_up_bias, weights.shared_down_bias)
-            inner = self._inner(weights.shared_gate_up, weights.shared_down, biases, activations, "shared ")
-            beside = lambda x: x + inner(norm(x, scale, eps))  # noqa: E731 - as in ffn_block
-        return MoEBlock(eps, spec, weights, self.card, self.tiers, self.note, kernels=LINEARS, beside=beside)
+            shared = self._inner(weights.shared_gate_up, weights.shared_down, biases, activations, "shared ")
+        return MoEBlock(eps, spec, weights, self.card, self.tiers, self.note, kernels=LINEARS, shared=shared)
 
     def head(
         self, norm: Tensor, eps: float, weight: QTensor, bias: Tensor | None, *, activations: str = "16"

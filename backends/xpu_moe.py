@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrun.backends.base import Feed, MoESpec, MoEWeights
+from qrun.backends.base import MoESpec, MoEWeights
 from qrun.backends.sorted_slots import sorted_slots
 from qrun.backends.xpu_buckets import bucket
 from qrun.backends.xpu_device import XPUCard
@@ -16,7 +16,7 @@ from qrun.backends.xpu_experts import few, widened
 from qrun.backends.xpu_matrix import places
 from qrun.backends.xpu_product import choose
 from qrun.backends.xpu_stack import joins, stack
-from qrun.backends.xpu_tiers import LinearKernel, Note, Tiers
+from qrun.backends.xpu_tiers import LinearKernel, Multiply, Note, Tiers
 from qrun.formats import QTensor
 from qrun.kernels import reference
 
@@ -43,10 +43,10 @@ class MoEBlock:
 
     def __init__(
         self, eps: float, spec: MoESpec, weights: MoEWeights, card: XPUCard, tiers: Tiers, note: Note, *,
-        kernels: Sequence[LinearKernel], beside: Feed | None,
+        kernels: Sequence[LinearKernel], shared: Multiply | None,
     ) -> None:  # fmt: skip
-        """``beside``, or none, is x -> x + what the shared experts make of norm(x)."""
-        self._eps, self._spec, self._card, self._beside = eps, spec, card, beside
+        """``shared``, or none, is what the shared experts make of norm(x)."""
+        self._eps, self._spec, self._card, self._shared = eps, spec, card, shared
         self._norm = weights.norm.float().contiguous()
         self._router = weights.router.float().contiguous()
         self._correction = None if weights.correction is None else weights.correction.float().contiguous()
@@ -80,7 +80,7 @@ class MoEBlock:
         if self._down.ratio is not None:
             gates = gates * self._down.ratio[chosen]
         h = h.to(self._card.half)
-        out = x if self._beside is None else self._beside(x)
+        out = x if self._shared is None else x + self._shared(h)
         if x.shape[0] <= self._few.most:
             return out + self._few.call(h, gates, chosen)
         parts = (torch.split(each, self._most) for each in (h, gates, chosen))

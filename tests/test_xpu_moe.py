@@ -11,7 +11,7 @@ from xpu_aten import aten_of_xpu
 from xpu_doubles import card
 
 from qrun.backends import xpu_experts, xpu_moe
-from qrun.backends.base import Backend, FfnWeights, MoESpec, MoEWeights
+from qrun.backends.base import Backend, MoESpec, MoEWeights
 from qrun.backends.xpu_matrix import expand
 from qrun.backends.xpu_moe import MoEBlock, stacks
 from qrun.backends.xpu_native import LINEARS as NATIVE
@@ -76,7 +76,7 @@ def block(
     spec: MoESpec, of: MoEWeights, half: torch.dtype = torch.bfloat16, noted: Noted | None = None, **options: Any
 ) -> MoEBlock:
     one = card(half)
-    settings: dict[str, Any] = {"kernels": (*NATIVE, *PLAIN), "beside": None} | options
+    settings: dict[str, Any] = {"kernels": (*NATIVE, *PLAIN), "shared": None} | options
     return MoEBlock(EPS, spec, of, one, Tiers(one), Noted() if noted is None else noted, **settings)
 
 
@@ -145,12 +145,12 @@ def test_experts_in_place_go_first_where_they_are_right(
 @pytest.mark.parametrize("norm_min", [1e-12, 0.9])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_routing_and_shared_experts(normalise: bool, norm_min: float) -> None:
-    """The correction chooses and weighs nothing; what is beside is given x, and x is counted once."""
+    """The correction chooses and weighs nothing; shared experts are given what the others are; x is counted once."""
     shared = {"shared_gate_up": weight("int8", 128, 96), "shared_down": weight("int8", 96, 64)}
     of = weights(8, 96, 64, "int4 g32", correction=torch.randn(8), **shared)
     spec = spec_of(2, normalise=normalise, norm_min=norm_min)
-    feed = FfnWeights(norm=of.norm, gate_up=shared["shared_gate_up"], down=shared["shared_down"])
-    ours = block(spec, of, torch.float16, beside=Backend().ffn_block(EPS, feed))
+    widen, narrow = (Backend().linear(shared[f"shared_{name}"]) for name in ("gate_up", "down"))
+    ours = block(spec, of, torch.float16, shared=lambda h: narrow(reference.silu_mul(widen(h.float()))))
     theirs = Backend().moe_block(EPS, spec, of)
     for tokens in (1, 40):
         x = torch.randn(tokens, 96)
